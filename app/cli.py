@@ -1,0 +1,220 @@
+"""`darkroom up | gateway | worker | generate | doctor`: starts processes and speaks HTTP; never imports torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import typer
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings
+
+from app.client import Client, Refused, Unreachable
+from app.generate import Canceled, GenerateFailed, Request, generate_pictures
+from app.stack import WORKER, Stack, StackFailed, StackSettings
+
+cli = typer.Typer(
+    name="darkroom",
+    help="An inference server for the Stable Diffusion 3.5 family.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+INTERRUPTED = 130
+
+Host = Annotated[str | None, typer.Option(help="Address to listen on.  [env: DARKROOM_HOST; default: 127.0.0.1]")]
+Port = Annotated[int | None, typer.Option(help="Port to listen on.  [env: DARKROOM_PORT; default: 8000]")]
+Settings = TypeVar("Settings", bound=BaseSettings)
+
+
+def main() -> None:
+    """The console script."""
+    cli()
+
+
+@cli.callback(invoke_without_command=True)
+def _root(show_version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if show_version:
+        typer.echo(f"darkroom {version('darkroom')}")
+        raise typer.Exit
+
+
+@cli.command()
+def up(
+    host: Host = None,
+    port: Port = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs here instead of in files.")] = False,
+) -> None:
+    """Start everything on this machine: gateway, worker, and a Valkey if DARKROOM_REDIS_URL names none."""
+    settings = _read(StackSettings, host=host, port=port)
+    try:
+        with _interruptible(), Stack(settings, _say, verbose=verbose) as stack:
+            stack.wait_ready()
+            _say(f"\nDarkroom is ready at {stack.url} (API: {stack.url}/openapi.json). Ctrl-C stops it. Try:\n")
+            _say(f'  darkroom generate "a red circle on a blue background" --url {stack.url}\n')
+            _say(_curl(stack.url) + "\n")
+            try:
+                stack.supervise()
+            except KeyboardInterrupt:
+                _say("stopping: the worker finishes what it runs; a second Ctrl-C does not wait")
+    except StackFailed as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    _say("stopped")
+
+
+@cli.command()
+def gateway(host: Host = None, port: Port = None) -> None:
+    """Run the HTTP gateway alone. Needs a Redis (DARKROOM_REDIS_URL) and the worker's picture store."""
+    _require("gateway", "fastapi", "uvicorn")
+    from app.main import serve
+    from app.settings import GatewaySettings
+
+    serve(_read(GatewaySettings, host=host, port=port))
+
+
+@cli.command()
+def worker() -> None:
+    """Run the GPU worker alone. Needs a Redis (DARKROOM_REDIS_URL); serves the models of DARKROOM_MODELS."""
+    _require("worker", "torch", "transformers", "safetensors")
+    os.execv(WORKER[0], WORKER)
+
+
+@cli.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    negative: Annotated[str | None, typer.Option(help="What it shall not show.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model of the server; left out: one that it has loaded.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale: how closely the prompt is followed.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same picture.")] = None,
+    num_images: Annotated[int | None, typer.Option(help="Pictures of this prompt, with seed, seed + 1, ...")] = None,
+    format: Annotated[str | None, typer.Option(help="png, jpeg or webp; left out: as --output ends, or png.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File or folder to save to; left out: named by the id.")] = None,
+    url: Annotated[str, typer.Option(envvar="DARKROOM_URL", help="The server.")] = DEFAULT_URL,
+    embedded: Annotated[
+        bool, typer.Option("--embedded", help="Start a whole server for this one job, and stop it again.")
+    ] = False,
+) -> None:
+    """Make a picture: post the prompt, show how far it is, save the picture."""
+    given = {
+        "negative_prompt": negative,
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "guidance_scale": guidance,
+        "seed": seed,
+        "num_images": num_images,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    request = Request(prompt, model, format, output, options)
+    try:
+        with _interruptible(), ExitStack() as cleanup:
+            if embedded:
+                url = _start_for_one_job(cleanup)
+            with Client(url) as client:
+                generate_pictures(client, request)
+    except Unreachable as error:
+        hint = "" if embedded else "; start a server with `darkroom up`, or name one with --url"
+        _fail(f"{error}{hint}")
+    except (GenerateFailed, Refused, StackFailed) as error:
+        _fail(str(error))
+    except Canceled as canceled:
+        typer.echo(str(canceled), err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@cli.command()
+def doctor(
+    role: Annotated[str, typer.Option(help="What this machine is for: all, gateway or worker.")] = "all",
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what is missing on this machine, and how to mend it. Exit code 1 if Darkroom cannot run."""
+    from app.doctor import ROLES, examine, is_well, render
+
+    if role not in ROLES:
+        _fail(f"--role is {role!r}; allowed: {', '.join(ROLES)}")
+    findings = examine(_read(StackSettings), role)
+    render(findings, as_json=as_json)
+    raise typer.Exit(0 if is_well(findings) else 1)
+
+
+def _start_for_one_job(cleanup: ExitStack) -> str:
+    folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="darkroom-", ignore_cleanup_errors=True)))
+    settings = _read(StackSettings, data_dir=folder, host="127.0.0.1", port=0, worker_grace_s=5)
+    stack = cleanup.enter_context(Stack(settings, lambda line: typer.echo(line, err=True), alone=True))
+    stack.wait_ready()
+    return stack.url
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM and a closed terminal end us as Ctrl-C does: in order."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in previous.items():
+        if handler != signal.SIG_IGN:  # nohup
+            signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _read(kind: type[Settings], **options: Any) -> Settings:
+    """The settings of environment and options, or one line for each that is wrong."""
+    try:
+        return kind(**{name: value for name, value in options.items() if value is not None})
+    except ValidationError as error:
+        lines = []
+        for wrong in error.errors():
+            name = "_".join(str(part) for part in wrong["loc"])
+            shown = "" if name == "redis_url" else f" is {wrong['input']!r}"  # a url may hold a password
+            lines.append(f"DARKROOM_{name.upper()}{shown}: {wrong['msg']}")
+        _fail("\n".join(lines))
+
+
+def _require(role: str, *packages: str) -> None:
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        _fail(f"the {role} needs {', '.join(missing)}: pip install 'darkroom[{role}]'")
+
+
+def _curl(url: str) -> str:
+    return (
+        f"  curl -s {url}/v1/generations -H 'content-type: application/json' -H 'prefer: wait=60' \\\n"
+        '    -d \'{"model": "demo", "prompt": "a red circle on a blue background"}\''
+    )
+
+
+def _say(line: str) -> None:
+    typer.echo(line)
+    sys.stdout.flush()
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""A small client of the HTTP surface, for the command line."""
+
+from __future__ import annotations
+
+import ipaddress
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+Generation = dict[str, Any]
+"""A generation as `GET /v1/generations/{id}` shows it."""
+
+
+class Refused(Exception):
+    """The server answered, and said no; the message is its own."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self.status = response.status_code
+        super().__init__(_message(response))
+
+
+class Unreachable(Exception):
+    """Nothing usable answered."""
+
+
+class Client:
+    """One server, by its base url. A context manager; not for use by several threads."""
+
+    def __init__(self, url: str, timeout_s: float = 10.0, transport: httpx.BaseTransport | None = None) -> None:
+        self.url = url.rstrip("/")
+        # A proxy from the environment is for the world outside, not for this machine.
+        self._http = httpx.Client(
+            base_url=self.url, timeout=timeout_s, transport=transport, trust_env=not _is_local(httpx.URL(self.url).host)
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def models(self) -> list[dict[str, Any]]:
+        """What `GET /v1/models` lists."""
+        models: list[dict[str, Any]] = self._call("GET", "/v1/models").json()["models"]
+        return models
+
+    def submit(self, request: dict[str, Any]) -> Generation:
+        """Posts a generation."""
+        return self._generation("POST", "/v1/generations", json=request)
+
+    def view(self, job_id: str) -> Generation:
+        """The generation now."""
+        return self._generation("GET", f"/v1/generations/{job_id}")
+
+    def cancel(self, job_id: str) -> Generation:
+        """Cancels it, now or at its next step."""
+        return self._generation("POST", f"/v1/generations/{job_id}/cancel")
+
+    def picture(self, job_id: str, n: int) -> bytes:
+        """The bytes of its picture `n`."""
+        return self._call("GET", f"/v1/generations/{job_id}/images/{n}").content
+
+    def _generation(self, method: str, path: str, **options: Any) -> Generation:
+        generation: Generation = self._call(method, path, **options).json()
+        return generation
+
+    def _call(self, method: str, path: str, **options: Any) -> httpx.Response:
+        try:
+            response = self._http.request(method, path, **options)
+        except httpx.TimeoutException:
+            raise Unreachable(f"{self.url} did not answer in time") from None
+        except httpx.HTTPError as error:
+            raise Unreachable(f"nothing answers at {self.url} ({error})") from None
+        if response.is_success:
+            return response
+        raise Refused(response)
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        error = response.json()["error"]
+        return f"{error['message']} ({error['code']}, request {error['request_id']})"
+    except (ValueError, KeyError, TypeError):  # not one of ours: a proxy, another server
+        return f"{response.url} answered {response.status_code} {response.reason_phrase}; is that a Darkroom server?"
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

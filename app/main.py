@@ -1,0 +1,174 @@
+"""The gateway process: builds the app, runs its background work, serves it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from structlog.typing import FilteringBoundLogger
+
+from app import errors
+from app.deps import Gateway
+from app.limits import Catalog
+from app.logs import make_log, uvicorn_log_config
+from app.metrics import Metrics
+from app.middleware import BodyLimit, RequestContext
+from app.routes import generations, health, models
+from app.schemas import ANY_REFUSAL, DESCRIPTION, TAGS
+from app.settings import GatewaySettings
+from app.validation import on_validation_error
+from worker.contract.errors import DarkroomError
+from worker.contract.queue import JobQueue
+from worker.contract.store import FolderStore, PictureStore
+
+SWEEP_GRACE_S = 60
+"""Pictures are stored a moment before their job ends, and live from its end."""
+
+EXPIRE_EVERY_S = 5
+CLOSE_TIMEOUT_S = 10
+
+
+def create_app(
+    settings: GatewaySettings | None = None,
+    queue: JobQueue | None = None,
+    store: PictureStore | None = None,
+    log: FilteringBoundLogger | None = None,
+) -> FastAPI:
+    """The gateway as an ASGI app. What is not given is made from the settings; those, from the environment."""
+    settings = settings or GatewaySettings()
+    owns_queue = queue is None
+    queue = queue or JobQueue.connect(settings)
+    gateway = Gateway(
+        settings=settings,
+        queue=queue,
+        store=store or FolderStore(settings.store_dir),
+        catalog=Catalog(queue.cards),
+        metrics=Metrics(),
+        log=log or make_log(settings.log_format),
+    )
+    app = FastAPI(
+        title="Darkroom",
+        version=_version(),
+        description=DESCRIPTION,
+        openapi_tags=TAGS,
+        responses=ANY_REFUSAL,
+        lifespan=_lifespan,
+        # Both pages load their script from a CDN; Darkroom works without the Internet
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.gateway, app.state.owns_queue = gateway, owns_queue
+    for router in (generations.router, models.router, health.router):
+        app.include_router(router)
+    app.add_exception_handler(DarkroomError, errors.on_darkroom_error)
+    app.add_exception_handler(HTTPException, errors.on_http_exception)
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+    # The one added last runs first
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    app.add_middleware(RequestContext, metrics=gateway.metrics, log=gateway.log)
+    return app
+
+
+def serve(settings: GatewaySettings) -> None:
+    """Serves until SIGTERM or SIGINT: then not ready, held answers given, `drain_s` later closed."""
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=uvicorn_log_config(settings.log_format),
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
+    )
+    with suppress(KeyboardInterrupt):
+        GatewayServer(config, app.state.gateway).run()
+
+
+class GatewayServer(uvicorn.Server):
+    """A server that drains before it closes."""
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+        super().__init__(config)
+        self._gateway = gateway
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Remembers the loop, which a signal's handler must reach."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """The first signal drains; a second one closes at once."""
+        if self._loop is None or self._gateway.draining.is_set():
+            self.force_exit = self.should_exit and sig == signal.SIGINT
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        self._gateway.draining.set()
+        assert self._loop is not None
+        self._loop.call_later(self._gateway.settings.drain_s, self._close)
+
+    def _close(self) -> None:
+        self.should_exit = True
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    gateway: Gateway = app.state.gateway
+    chores = [
+        asyncio.create_task(_every(gateway.settings.sweep_every_s, _sweep_pictures, gateway)),
+        asyncio.create_task(_every(EXPIRE_EVERY_S, _expire_jobs, gateway)),
+    ]
+    try:
+        yield
+    finally:
+        gateway.draining.set()
+        for chore in chores:
+            chore.cancel()
+        await asyncio.gather(*chores, return_exceptions=True)
+        if app.state.owns_queue:
+            await gateway.queue.close()
+
+
+async def _every(seconds: float, work: Callable[[Gateway], Awaitable[None]], gateway: Gateway) -> None:
+    """Does the work now and every so many seconds, whatever happens to it."""
+    while True:
+        try:
+            await work(gateway)
+        except DarkroomError as error:
+            gateway.log.warning("chore_failed", chore=work.__name__, error=str(error))
+        except Exception:
+            gateway.log.exception("chore_failed", chore=work.__name__)
+        await asyncio.sleep(seconds)
+
+
+async def _sweep_pictures(gateway: Gateway) -> None:
+    """Deletes expired pictures."""
+    older_than_s = gateway.settings.picture_lifetime_s + SWEEP_GRACE_S
+    gateway.metrics.pictures_swept.inc(await asyncio.to_thread(gateway.store.sweep, older_than_s))
+
+
+async def _expire_jobs(gateway: Gateway) -> None:
+    """Fails jobs past their deadline that nobody looks at; looking at one does it too."""
+    await gateway.queue.expire()
+
+
+def _version() -> str:
+    try:
+        return version("darkroom")
+    except PackageNotFoundError:
+        return "0+unpackaged"

@@ -1,0 +1,226 @@
+"""All of Darkroom on this machine: embedded Valkey, worker and gateway as children of one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from pydantic import Field
+
+from app.child import Child
+from app.client import Client, Refused, Unreachable
+from app.embedded import EmbeddedFailed, EmbeddedValkey, free_port
+from app.settings import GatewaySettings
+
+_GATEWAY_GRACE_S = 10.0
+_POLL_S = 0.2
+_GATEWAY_START_S = 60.0
+_MAX_BACKOFF_S = 30.0
+_STEADY_S = 60.0
+"""A worker that ran this long before it died is restarted without the earlier deaths held against it."""
+
+GATEWAY = [sys.executable, "-P", "-m", "app.cli", "gateway"]
+WORKER = [sys.executable, "-P", "-m", "worker.main"]
+
+
+class StackFailed(Exception):
+    """The stack cannot start, or cannot go on; says which part, why, and what to do."""
+
+
+class StackSettings(GatewaySettings):
+    """What `darkroom up` reads from `DARKROOM_*`, on top of the gateway's."""
+
+    env: Literal["development", "production"] = Field(
+        default="development", description="production refuses the embedded Valkey"
+    )
+    data_dir: Path = Field(default=Path(".darkroom"), description="folder of the embedded Valkey, pictures and logs")
+    worker_grace_s: float = Field(
+        default=30.0, ge=0, le=3600, description="seconds a worker may finish what it runs when it is told to stop"
+    )
+
+    @property
+    def embedded(self) -> bool:
+        """Whether Valkey is ours to start: nobody said where Redis is."""
+        return "redis_url" not in self.model_fields_set
+
+    @property
+    def pictures(self) -> Path:
+        """Where the pictures go: DARKROOM_STORE_DIR, else a folder beside the rest."""
+        return self.store_dir if "store_dir" in self.model_fields_set else self.data_dir / "pictures"
+
+
+class Stack:
+    """Starts the parts in order, watches them, and stops them in order. A context manager; main thread only."""
+
+    def __init__(
+        self,
+        settings: StackSettings,
+        report: Callable[[str], None],
+        *,
+        verbose: bool = False,  # logs go where we write, not to files
+        alone: bool = False,  # own Valkey and pictures in data_dir, whatever the environment says
+    ) -> None:
+        self._settings, self._report, self._verbose = settings, report, verbose
+        self._alone, self._own_valkey = alone, alone or settings.embedded
+        self._pictures = settings.data_dir / "pictures" if alone else settings.pictures
+        self._port = settings.port or free_port()
+        self.url = f"http://{_client_host(settings.host)}:{self._port}"
+        self._valkey: EmbeddedValkey | None = None
+        self._worker: Child | None = None
+        self._gateway: Child | None = None
+        self._env = dict(os.environ)
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def wait_ready(self) -> None:
+        """Returns once a worker holds a model. However long that takes: only a part that dies ends it early."""
+        gateway, worker = _running(self._gateway), _running(self._worker)
+        deadline = time.monotonic() + _GATEWAY_START_S
+        answered = False
+        with Client(self.url, timeout_s=2.0) as client:
+            while True:
+                for child in (gateway, worker):
+                    self._require(child, "while starting")
+                try:
+                    ready = any(model["loaded"] for model in client.models())
+                    if not answered:
+                        self._report("the gateway answers; the worker is loading its models")
+                    answered = True
+                except (Unreachable, Refused):
+                    ready = False
+                    if not answered and time.monotonic() > deadline:
+                        raise StackFailed(f"the gateway does not answer at {self.url}{_ending(gateway)}") from None
+                if ready:
+                    return
+                time.sleep(_POLL_S)
+
+    def supervise(self) -> None:
+        """Runs until a part that cannot be replaced dies. A worker that dies is started again, ever less eagerly."""
+        deaths, born, restart_at = 0, time.monotonic(), 0.0
+        while True:
+            self._require(_running(self._gateway), "unexpectedly")
+            if self._valkey:
+                self._require(self._valkey.child, "unexpectedly")
+            worker, now = _running(self._worker), time.monotonic()
+            if worker.exit_code is not None and not restart_at:
+                deaths = 1 if now - born > _STEADY_S else deaths + 1
+                delay_s = min(2.0 ** (deaths - 1), _MAX_BACKOFF_S)
+                self._report(f"the worker {worker.describe_exit()}{_ending(worker)}")
+                self._report(f"another worker starts in {delay_s:g} s")
+                restart_at = now + delay_s
+            elif restart_at and now >= restart_at:
+                self._worker, born, restart_at = self._spawn("worker", WORKER), now, 0.0
+            time.sleep(_POLL_S)
+
+    def stop(self) -> None:
+        """Gateway first, so that nothing new comes in; then the worker, which finishes what it runs; Valkey last.
+
+        A second signal meanwhile ends all of them at once.
+        """
+        try:
+            if self._gateway:
+                self._gateway.stop(self._settings.drain_s + _GATEWAY_GRACE_S)
+            if self._worker and not self._worker.stop(self._settings.worker_grace_s):
+                self._report(f"the worker did not finish within {self._settings.worker_grace_s:g} s and was killed")
+        except BaseException:
+            for child in (self._gateway, self._worker):
+                if child:
+                    child.kill()
+            raise
+        finally:
+            if self._valkey:
+                self._valkey.stop()
+
+    def _start(self) -> None:
+        settings = self._settings
+        if self._own_valkey and settings.env == "production":
+            raise StackFailed(
+                "DARKROOM_ENV is production, so the embedded Valkey is not started: "
+                "set DARKROOM_REDIS_URL to a Redis or Valkey, 7.2 or later, with an append-only file"
+            )
+        _require_free(settings.host, self._port)
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        self._env |= {
+            "DARKROOM_HOST": settings.host,
+            "DARKROOM_PORT": str(self._port),
+            "DARKROOM_STORE_DIR": str(self._pictures.resolve()),
+        }
+        if self._alone:
+            self._env["DARKROOM_METRICS_PORT"] = "0"  # another worker here may have the configured one
+        if self._own_valkey:
+            self._env["DARKROOM_REDIS_URL"] = self._start_valkey()
+        self._worker = self._spawn("worker", WORKER)
+        self._gateway = self._spawn("gateway", GATEWAY)
+
+    def _start_valkey(self) -> str:
+        folder = self._settings.data_dir / "valkey"
+        self._valkey = EmbeddedValkey(folder, self._log("valkey"))
+        try:
+            self._valkey.start()
+        except EmbeddedFailed as error:
+            raise StackFailed(str(error)) from None
+        self._report(f"embedded Valkey {self._valkey.child.pid} keeps its data in {folder}")
+        return self._valkey.url
+
+    def _spawn(self, name: str, argv: list[str]) -> Child:
+        child = Child(name, argv, env=self._env, log=None if self._verbose else self._log(name))
+        self._report(f"{name} {child.pid} started" + (f", its log is {child.log}" if child.log else ""))
+        return child
+
+    def _log(self, name: str) -> Path:
+        log = self._settings.data_dir / "logs" / f"{name}.log"
+        if log.exists():
+            log.replace(log.with_suffix(".log.1"))
+        return log
+
+    def _require(self, child: Child, when: str) -> None:
+        if child.exit_code is not None:
+            raise StackFailed(f"the {child.name} {child.describe_exit()} {when}{_ending(child)}")
+
+
+def _running(child: Child | None) -> Child:
+    assert child is not None, "the stack is not started"
+    return child
+
+
+def _ending(child: Child) -> str:
+    lines = child.last_lines()
+    return f"; the end of {child.log}:\n{lines}" if lines else ""
+
+
+def _client_host(host: str) -> str:
+    """Where a client on this machine finds a server that listens on `host`."""
+    if host in ("", "0.0.0.0"):
+        return "127.0.0.1"
+    if host == "::":
+        return "[::1]"
+    return f"[{host}]" if ":" in host else host
+
+
+def _require_free(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StackFailed(
+                f"cannot listen on {host} port {port} ({error.strerror}): choose another with --port or DARKROOM_PORT"
+            ) from None

@@ -1,0 +1,129 @@
+"""Prompts to what the MMDiT attends to: CLIP-L, CLIP-G and T5, put together as SD3.5 was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
+
+T5_LENGTH = 256
+"""Tokens of T5 by default. Pads are attended, so another length gives another picture."""
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """One encoded prompt."""
+
+    context: Tensor  # shape = (clip tokens + t5 tokens, context_dim)
+    pooled: Tensor  # shape = (pooled_dim,)
+    warnings: tuple[str, ...] = ()  # what was cut off
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One prompt as one encoder reads it."""
+
+    ids: list[int]
+    cut: int  # tokens of the prompt that did not fit
+
+
+class Tokenizer:
+    """A tokenizer with the length and padding that its encoder was trained with."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_id: int, pad_id: int) -> None:
+        self.tokenizer, self.eos_id, self.pad_id = tokenizer, eos_id, pad_id
+
+    def __call__(self, prompt: str, length: int) -> Tokens:
+        """Exactly `length` ids: cut before the end token, or padded after it."""
+        ids: list[int] = self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"]
+        cut = max(0, len(ids) - length)
+        if cut:
+            ids = [*ids[: length - 1], self.eos_id]
+        return Tokens(ids + [self.pad_id] * (length - len(ids)), cut)
+
+
+class TextEncoders:
+    """The three encoders. T5 may be absent: its part of the context is then zeros."""
+
+    def __init__(
+        self,
+        clip_l: CLIPTextModelWithProjection,
+        clip_g: CLIPTextModelWithProjection,
+        t5: T5EncoderModel | None,
+        tokenizers: Sequence[PreTrainedTokenizerBase | None],
+        context_dim: int,
+    ) -> None:
+        self.clip_l, self.clip_g, self.t5, self.context_dim = clip_l, clip_g, t5, context_dim
+        clip_l_tokenizer, clip_g_tokenizer, t5_tokenizer = tokenizers
+        if clip_l_tokenizer is None or clip_g_tokenizer is None:
+            raise ValueError("both CLIP encoders need a tokenizer")
+        # The pads are part of the trained model: CLIP-L was padded with its end token, CLIP-G and T5 with id 0.
+        self.clip_l_tokenizer = Tokenizer(clip_l_tokenizer, _eos(clip_l_tokenizer), _eos(clip_l_tokenizer))
+        self.clip_g_tokenizer = Tokenizer(clip_g_tokenizer, _eos(clip_g_tokenizer), 0)
+        if t5 is not None and t5_tokenizer is None:
+            raise ValueError("T5 needs a tokenizer")
+        self.t5_tokenizer = Tokenizer(t5_tokenizer, _eos(t5_tokenizer), 0) if t5_tokenizer is not None else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoders live."""
+        return next(self.clip_l.parameters()).device
+
+    def encode(self, prompts: Sequence[str], t5_length: int = T5_LENGTH) -> list[Text]:
+        """Encode prompts as one batch.
+
+        context : CLIP-L and CLIP-G side by side, zero-padded to the joint width, followed by T5;
+            shape = (clip length + t5_length, context_dim)
+        pooled : CLIP-L, then CLIP-G; shape = (pooled_dim,)
+        """
+        tokens_l, sequence_l, pooled_l = self._clip(self.clip_l, self.clip_l_tokenizer, prompts)
+        tokens_g, sequence_g, pooled_g = self._clip(self.clip_g, self.clip_g_tokenizer, prompts)
+        tokens_t5, sequence_t5 = self._t5(prompts, t5_length)
+        clip = torch.cat([sequence_l, sequence_g], dim=-1)
+        clip = F.pad(clip, (0, self.context_dim - clip.shape[-1]))
+        context = torch.cat([clip, sequence_t5.to(clip.dtype)], dim=1)
+        pooled = torch.cat([pooled_l, pooled_g], dim=-1)
+        return [
+            Text(context[i], pooled[i], _warnings({"CLIP": max(lg.cut, g.cut), "T5": t5.cut if t5 else None}))
+            for i, (lg, g, t5) in enumerate(zip(tokens_l, tokens_g, tokens_t5, strict=True))
+        ]
+
+    def _clip(
+        self, encoder: CLIPTextModelWithProjection, tokenizer: Tokenizer, prompts: Sequence[str]
+    ) -> tuple[list[Tokens], Tensor, Tensor]:
+        """Tokens, the penultimate layer without final norm, and the projected pooled vector."""
+        tokens = [tokenizer(prompt, _positions(encoder.config)) for prompt in prompts]
+        ids = torch.tensor([t.ids for t in tokens], device=self.device)
+        out = encoder(input_ids=ids, output_hidden_states=True)
+        return tokens, out.hidden_states[-2], out.text_embeds
+
+    def _t5(self, prompts: Sequence[str], length: int) -> tuple[list[Tokens | None], Tensor]:
+        """Tokens and the last layer with final norm. No mask anywhere: pads are attended, as in training."""
+        if self.t5 is None or self.t5_tokenizer is None:
+            zeros = torch.zeros(len(prompts), length, self.context_dim, device=self.device)
+            return [None] * len(prompts), zeros
+        tokens = [self.t5_tokenizer(prompt, length) for prompt in prompts]
+        ids = torch.tensor([t.ids for t in tokens], device=self.device)
+        return list(tokens), self.t5(input_ids=ids).last_hidden_state
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"a tokenizer needs an end token; {tokenizer!r} has none")
+    return int(tokenizer.eos_token_id)
+
+
+def _positions(config: Any) -> int:
+    return int(config.max_position_embeddings)
+
+
+def _warnings(cuts: dict[str, int | None]) -> tuple[str, ...]:
+    """One sentence, only if no encoder saw the end of the prompt or one of them missed it."""
+    return tuple(
+        f"the prompt was cut for {name}: its last {cut} tokens were not read" for name, cut in cuts.items() if cut
+    )

@@ -1,0 +1,166 @@
+"""What both trainings share: the clock that ends them in time, the learning rate, the running average, and their log."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+SHARD_BYTES = 15 * 1024 * 1024
+
+
+@dataclass
+class Clock:
+    """How far a leg of training is, by elapsed time: the schedule follows it, so that every leg ends where it should.
+
+    begin, end : the leg's share of the whole schedule, as fractions
+    """
+
+    minutes: float  # from `started` to the end of the leg, compiling included
+    begin: float = 0.0
+    end: float = 1.0
+    started: float = field(default_factory=time.monotonic)
+    running: float | None = None  # when the first steps (and with them compiling) were done
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    @property
+    def left(self) -> float:
+        """Seconds until the end of the leg."""
+        return 60 * self.minutes - self.elapsed
+
+    def run(self) -> None:
+        """Count from now."""
+        self.running = time.monotonic()
+
+    @property
+    def fraction(self) -> float:
+        """Of the whole schedule, `begin` to `end`."""
+        if self.running is None:
+            return self.begin
+        now = time.monotonic()
+        share = (now - self.running) / max(1e-6, now - self.running + self.left)
+        return self.begin + (self.end - self.begin) * min(1.0, max(0.0, share))
+
+
+def learning_rate(peak: float, fraction: float, step: int, warmup: int) -> float:
+    """Linear warm-up by steps, then a cosine to 2 % of the peak by fraction."""
+    return peak * min(1.0, (step + 1) / max(1, warmup)) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fraction)))
+
+
+class Average:
+    """An exponential moving average of parameters, faster at the start."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay, self.steps = decay, 0
+        self.live = [p for p in module.parameters() if p.requires_grad]
+        self.names = [name for name, p in module.named_parameters() if p.requires_grad]
+        self.values = [p.detach().clone() for p in self.live]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an optimizer step."""
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.values, self.live, 1 - decay)
+        self.steps += 1
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Put the average in the module's place and keep its weights; again to undo."""
+        for kept, live in zip(self.values, self.live, strict=True):
+            held = live.detach().clone()
+            live.copy_(kept)
+            kept.copy_(held)
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.values, strict=True))
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Continue from a saved average. Errors: KeyError for a parameter that it lacks."""
+        for name, value in zip(self.names, self.values, strict=True):
+            value.copy_(state[name])
+        self.steps = 10_000_000  # no fast start again
+
+
+def save_shards(state: dict[str, Tensor], folder: Path, name: str, dtype: torch.dtype = torch.float16) -> list[Path]:
+    """Tensors as `name-00001.safetensors` …, each below 16 MiB, in 16 bit. Returns the files."""
+    shards: list[dict[str, Tensor]] = [{}]
+    room = SHARD_BYTES
+    for key, tensor in state.items():
+        value = tensor.detach().to("cpu", dtype).contiguous()
+        if value.nbytes > room and shards[-1]:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][key] = value
+        room -= value.nbytes
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(f"{name}-*.safetensors"):
+        old.unlink()
+    paths = [folder / f"{name}-{n:05d}.safetensors" for n in range(1, len(shards) + 1)]
+    for shard, path in zip(shards, paths, strict=True):
+        save_file(shard, path)
+    return paths
+
+
+def load_shards(folder: Path, name: str) -> dict[str, Tensor]:
+    """What `save_shards` wrote, in float32. Errors: FileNotFoundError where there is nothing."""
+    paths = sorted(folder.glob(f"{name}-*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"no {name}-*.safetensors in {folder}")
+    return {key: value.float() for path in paths for key, value in load_file(path).items()}
+
+
+class Log:
+    """Progress as lines on the terminal and as rows for the training's record."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.rows = clock, []
+        self.rows: list[dict[str, Any]]
+
+    def row(self, **figures: Any) -> None:
+        """Note and print some figures."""
+        figures = {"seconds": round(self.clock.elapsed, 1), "fraction": round(self.clock.fraction, 4), **figures}
+        self.rows.append(figures)
+        self.say("  ".join(f"{name} {_short(value)}" for name, value in figures.items()))
+
+    def say(self, words: str) -> None:
+        print(words, flush=True)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """training.json: what made the weights beside it."""
+    record = {"command": " ".join(["python -m model.training", *sys.argv[1:]]), "torch": torch.__version__, **record}
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The training.json of a folder."""
+    record: dict[str, Any] = json.loads((folder / "training.json").read_text())
+    return record
+
+
+def device_name(device: torch.device) -> str:
+    """What the training ran on."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def finite(losses: Iterable[float]) -> bool:
+    """Whether all are numbers."""
+    return all(math.isfinite(loss) for loss in losses)

@@ -1,0 +1,25 @@
+"""Jobs for tests."""
+
+import time
+from typing import Any
+
+from model.params import GenerationParams
+from worker.contract.job import Job, Output, new_job_id
+
+
+def make_job(
+    *, output: Output | None = None, deadline_s: float = 600, num_images: int = 1, model: str = "tiny", **params: Any
+) -> Job:
+    """A job of the tiny model; keyword arguments change its params."""
+    now = time.time()
+    asked = {"prompt": "a red circle", "width": 64, "height": 64, "steps": 2, "guidance_scale": 3.0, "seed": 1} | params
+    return Job(
+        id=new_job_id(),
+        model=model,
+        revision="r1",
+        params=GenerationParams(**asked),
+        num_images=num_images,
+        output=output or Output(),
+        created_at=now,
+        deadline=now + deadline_s,
+    )

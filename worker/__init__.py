@@ -1,0 +1,1 @@
+"""The GPU process, and (in `worker.contract`) what it publishes to the gateway."""

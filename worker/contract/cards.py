@@ -1,0 +1,60 @@
+"""Model cards: what a worker publishes about each model that it serves, and the gateway validates by."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from model.params import Sampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a request gets that does not say."""
+
+    width: int = 1024
+    height: int = 1024
+    steps: int
+    guidance_scale: float
+    sampler: Sampler = "euler"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a request may ask for. The public limits of the server are these numbers' own defaults."""
+
+    min_pixels: int = 262_144  # 0.25 MP
+    max_pixels: int = 2_097_152  # 2 MP
+    min_side: int = 64  # pixels
+    max_side: int = 3072  # pixels
+    side_multiple: int = 16
+    max_steps: int = 100
+    max_guidance_scale: float = 20.0
+    max_prompt_chars: int = 10_000
+    max_num_images: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """One model as the gateway and its users see it."""
+
+    name: str
+    description: str
+    variant: str  # large | large-turbo | medium | a small one by configuration
+    revision: str  # changes when the weights do
+    parameters: int  # of the MMDiT
+    defaults: Defaults
+    limits: Limits = field(default_factory=Limits)
+    negative_prompt: bool = True  # False: distilled without guidance, a negative prompt has no effect
+
+    def to_json(self) -> str:
+        """The card as JSON."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """The card of its JSON."""
+        data: dict[str, Any] = json.loads(text)
+        defaults, limits = Defaults(**data.pop("defaults")), Limits(**data.pop("limits"))
+        return cls(defaults=defaults, limits=limits, **data)

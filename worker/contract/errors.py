@@ -1,0 +1,99 @@
+"""The errors that cross the contract.
+
+DarkroomError
+├── InvalidField            a value that is not allowed: field, value, allowed
+├── UnknownModel            no worker ever published a card of that name
+├── UnknownGeneration       no such job (any more)
+├── PicturesExpired         the job is known, its pictures are gone
+├── QueueFull               the model's queue is at its bound
+├── QueueUnavailable        Redis does not answer
+├── StoreUnavailable        the picture store does not answer
+└── SchemaUnknown           a payload written by a newer or older Darkroom
+"""
+
+from __future__ import annotations
+
+
+class DarkroomError(Exception):
+    """Base of all errors that a caller of the contract can meet."""
+
+    code = "internal_error"
+    field: str | None = None
+
+
+class InvalidField(DarkroomError):
+    """A field whose value is not allowed."""
+
+    code = "invalid_field"
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        super().__init__(f"{field} is {value!r}; allowed: {allowed}")
+        self.field = field
+
+
+class UnknownModel(DarkroomError):
+    """A model that no worker has ever offered."""
+
+    code = "unknown_model"
+    field = "model"
+
+    def __init__(self, model: str, known: list[str]) -> None:
+        allowed = ", ".join(sorted(known)) or "none yet: no worker has started against this Redis"
+        super().__init__(f"model is {model!r}; known models: {allowed}")
+
+
+class UnknownGeneration(DarkroomError):
+    """No job of that id: never accepted, or older than its record's lifetime."""
+
+    code = "not_found"
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"no generation {job_id!r}: it was never accepted here, or its record has expired")
+
+
+class PicturesExpired(DarkroomError):
+    """The pictures of a finished job are past their lifetime."""
+
+    code = "expired"
+
+    def __init__(self, job_id: str, when: str) -> None:
+        super().__init__(f"the pictures of generation {job_id!r} expired at {when} and were deleted")
+
+
+class QueueFull(DarkroomError):
+    """The queue of this model and priority is at its bound."""
+
+    code = "queue_full"
+
+    def __init__(self, model: str, bound: int, retry_after_s: int) -> None:
+        super().__init__(f"{bound} jobs already wait for {model!r}; try again in {retry_after_s} s")
+        self.retry_after_s = retry_after_s
+
+
+class QueueUnavailable(DarkroomError):
+    """Redis did not answer in time; nothing was accepted, or it cannot be known."""
+
+    code = "queue_unavailable"
+    retry_after_s = 2
+
+    def __init__(self) -> None:
+        super().__init__("the queue is not reachable right now; try again in a moment")
+
+
+class StoreUnavailable(DarkroomError):
+    """The picture store failed to read or write."""
+
+    code = "store_unavailable"
+    retry_after_s = 2
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the picture store is not reachable right now ({reason}); try again in a moment")
+
+
+class SchemaUnknown(DarkroomError):
+    """A payload of a schema that this build does not read."""
+
+    code = "schema_unknown"
+
+    def __init__(self, found: object, known: int) -> None:
+        super().__init__(f"payload schema {found!r}; this build reads schema {known}")

@@ -1,0 +1,163 @@
+"""The job as it crosses Redis: frozen dataclasses, JSON, versioned."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self, get_args
+
+from model.params import GenerationParams
+from worker.contract.errors import SchemaUnknown
+
+SCHEMA = 1
+
+Priority = Literal["high", "normal", "low"]
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+OUTPUT_FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
+MEDIA_TYPES: dict[OutputFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+
+Metadata = Literal["full", "none"]
+
+Status = Literal["queued", "running", "succeeded", "failed", "canceled"]
+TERMINAL: frozenset[Status] = frozenset({"succeeded", "failed", "canceled"})
+
+
+def new_job_id() -> str:
+    """A fresh job id: time-ordered to the millisecond, 80 random bits, safe in urls and Redis keys."""
+    return f"gen_{time.time_ns() // 1_000_000:011x}{secrets.token_hex(10)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """How the pictures are written."""
+
+    format: OutputFormat = "png"
+    quality: int = 90  # 1-100; JPEG and WebP
+    metadata: Metadata = "full"  # "none": no text about what made the picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One accepted generation, every default resolved."""
+
+    id: str
+    model: str
+    revision: str  # of the model's card at submission
+    params: GenerationParams  # of picture 0; picture n has seed + n
+    num_images: int = 1
+    output: Output = field(default_factory=Output)
+    priority: Priority = "normal"
+    created_at: float  # Unix seconds
+    deadline: float  # Unix seconds; past it the job fails
+    request_id: str = ""  # of the HTTP request that made it, for the logs
+    schema: int = SCHEMA
+
+    @property
+    def queue(self) -> str:
+        """The name of the RQ queue where this job waits."""
+        return queue_name(self.model, self.priority)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each picture."""
+        return [self.params.seed + n for n in range(self.num_images)]
+
+    def to_payload(self) -> dict[str, Any]:
+        """The job as JSON-ready data."""
+        return asdict(self)
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any]) -> Self:
+        """The job of a payload; SchemaUnknown if another Darkroom wrote it."""
+        if payload.get("schema") != SCHEMA:
+            raise SchemaUnknown(payload.get("schema"), SCHEMA)
+        known = dict(payload)
+        return cls(
+            params=GenerationParams(**known.pop("params")),
+            output=Output(**known.pop("output")),
+            **known,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One stored picture of a finished job."""
+
+    key: str  # in the picture store
+    seed: int
+    width: int
+    height: int
+    format: OutputFormat
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a job failed, in words for its owner; never a traceback."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How a job ended."""
+
+    pictures: tuple[Picture, ...] = ()
+    failure: Failure | None = None
+    warnings: tuple[str, ...] = ()
+    timings: dict[str, float] = field(default_factory=dict)  # seconds by stage: encode, denoise, decode, store
+    expires_at: float | None = None  # Unix seconds; when the pictures go
+
+    def to_json(self) -> str:
+        """The result as JSON."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """The result of its JSON."""
+        data = json.loads(text)
+        failure = data.pop("failure")
+        pictures = tuple(Picture(**p) for p in data.pop("pictures"))
+        return cls(
+            pictures=pictures,
+            failure=Failure(**failure) if failure else None,
+            warnings=tuple(data.pop("warnings")),
+            **data,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a running job is, over all its pictures."""
+
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobView:
+    """A job as its owner may see it at one moment."""
+
+    job: Job
+    status: Status
+    position: int | None = None  # 0 = next; only while queued
+    progress: Progress | None = None  # while running, and at the end of a success
+    started_at: float | None = None
+    ended_at: float | None = None
+    cancel_requested: bool = False
+    result: Result | None = None  # once ended
+
+
+def queue_name(model: str, priority: Priority) -> str:
+    """The RQ queue of a model and priority."""
+    return f"darkroom.{model}.{priority}"
+
+
+def execute(payload: dict[str, Any]) -> None:
+    """What a stock RQ worker would call; fails, for only a Darkroom worker can run a job."""
+    raise RuntimeError(f"job {payload.get('id')} needs a Darkroom worker (`darkroom worker`), not one of RQ's own")

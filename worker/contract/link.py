@@ -1,0 +1,47 @@
+"""The connection to Redis: short timeouts, one quick retry of a dropped connection, one error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from worker.contract.errors import QueueUnavailable
+
+CONNECT_TIMEOUT_S = 0.5
+ANSWER_TIMEOUT_S = 1.0
+
+
+def link_options() -> dict[str, Any]:
+    """Options of both kinds of client."""
+    return {
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        "socket_timeout": ANSWER_TIMEOUT_S,
+        "decode_responses": False,
+        "socket_keepalive": True,  # a listener waits for ever on a host that vanished, otherwise
+    }
+
+
+def retry_once() -> Retry:
+    """A dropped connection is tried again at once; a silent Redis is not. All our scripts may run twice."""
+    return Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,))
+
+
+def retry_once_async() -> AsyncRetry:
+    """As `retry_once`, for asyncio."""
+    return AsyncRetry(NoBackoff(), 1, supported_errors=(RedisConnectionError,))
+
+
+@contextmanager
+def reaching_redis() -> Iterator[None]:
+    """Turns every error of the client into QueueUnavailable; its cause says which."""
+    try:
+        yield
+    except (RedisError, OSError) as error:
+        raise QueueUnavailable from error

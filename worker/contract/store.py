@@ -1,0 +1,139 @@
+"""Where pictures are kept: by key, atomically, for a while. Redis holds words, never pixels."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Protocol
+
+from worker.contract.errors import StoreUnavailable
+from worker.contract.job import OutputFormat
+
+_SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_MAX_KEY = 512
+_TEMPORARY = ".tmp-"
+
+
+def picture_key(job_id: str, execution: str, n: int, format: OutputFormat) -> str:
+    """The key of picture `n` as one execution of a job stores it."""
+    return f"{job_id}/{execution}/{n}.{format}"
+
+
+class PictureStore(Protocol):
+    """Bytes by key. Every method raises StoreUnavailable when the store does not answer, ValueError for no key."""
+
+    def put(self, key: str, data: bytes) -> None:
+        """Keeps the bytes; whoever reads sees all of them or none."""
+        ...
+
+    def get(self, key: str) -> bytes | None:
+        """The bytes, or None if there are none (any more)."""
+        ...
+
+    def delete_prefix(self, prefix: str) -> None:
+        """Forgets everything under the leading segments of a key: of a job, or of one of its executions."""
+        ...
+
+    def sweep(self, older_than_s: float) -> int:
+        """Forgets what was put longer ago than that; returns how many."""
+        ...
+
+    def check(self) -> None:
+        """Returns if pictures can be written."""
+        ...
+
+
+class FolderStore:
+    """A PictureStore in a folder that gateway and worker share; keys are paths in it."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.expanduser().absolute()
+
+    def put(self, key: str, data: bytes) -> None:
+        """Writes beside the place, then moves there: a reader never sees half a picture."""
+        path = self._path(key)
+        with _reaching(self._root):
+            handle, temporary = self._temporary(path.parent)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(temporary)
+                raise
+
+    def get(self, key: str) -> bytes | None:
+        """The bytes of the file, or None."""
+        path = self._path(key)
+        with _reaching(self._root):
+            try:
+                return path.read_bytes()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                return None
+
+    def delete_prefix(self, prefix: str) -> None:
+        """Removes the folder or file that the segments name; nothing there is no error."""
+        path = self._path(prefix.removesuffix("/"))
+        with _reaching(self._root), suppress(FileNotFoundError, NotADirectoryError):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def sweep(self, older_than_s: float) -> int:
+        """Removes files last written longer ago than that, and the folders that are empty then."""
+        limit = time.time() - older_than_s
+        swept = 0
+        with _reaching(self._root):
+            for folder, _, names in os.walk(self._root, topdown=False):
+                for name in names:
+                    swept += self._remove_if_older(Path(folder, name), limit)
+                if Path(folder) != self._root:
+                    with suppress(OSError):  # not empty
+                        os.rmdir(folder)
+        return swept
+
+    def check(self) -> None:
+        """Writes and removes an empty file."""
+        with _reaching(self._root):
+            handle, temporary = self._temporary(self._root)
+            os.close(handle)
+            os.unlink(temporary)
+
+    def _path(self, key: str) -> Path:
+        if len(key) > _MAX_KEY or not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
+            raise ValueError(f"picture key is {key!r}; allowed: letters, digits, '.', '_' and '-', joined by '/'")
+        return self._root / key
+
+    def _temporary(self, folder: Path) -> tuple[int, str]:
+        """A new file in the folder, made if need be; a sweep may remove the folder between the two."""
+        for _ in range(10):
+            folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                return tempfile.mkstemp(prefix=_TEMPORARY, dir=folder)
+        raise FileNotFoundError(f"{folder} keeps vanishing")
+
+    @staticmethod
+    def _remove_if_older(path: Path, limit: float) -> int:
+        with suppress(FileNotFoundError):
+            if path.lstat().st_mtime < limit:
+                path.unlink()
+                return 0 if path.name.startswith(_TEMPORARY) else 1
+        return 0
+
+
+@contextmanager
+def _reaching(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreUnavailable(f"{root}: {error.strerror or error}") from error

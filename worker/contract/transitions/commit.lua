@@ -1,0 +1,17 @@
+-- Ends a started job for the execution that holds it; a repeated commit answers as the first did.
+-- ARGV: id, execution, status (RQ's finished | failed | canceled), outcome, encoded.
+-- Returns 1, or 0 when the fence fell: no longer ours, or a success that was canceled or came too late.
+local id, execution, asked = ARGV[1], ARGV[2], ARGV[3]
+local f = redis.call('HMGET', job_key(id), 'status', 'execution', 'cancel_requested')
+local status, holder, cancel_requested = f[1], f[2], f[3]
+if holder ~= execution then return 0 end
+if status ~= 'started' then return status == asked and 1 or 0 end
+if asked == 'finished' then
+  if end_if_late(id, status, meta_of(id)) then return 0 end
+  if cancel_requested then
+    end_job(id, 'canceled', CANCELED)
+    return 0
+  end
+end
+end_job(id, asked, {outcome = ARGV[4], encoded = ARGV[5]})
+return 1

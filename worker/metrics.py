@@ -1,0 +1,67 @@
+"""What the worker tells Prometheus. Labels stay bounded: model, stage, outcome; never a job or a prompt."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from worker.contract.job import Job
+
+QUEUE_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
+RUN_SECONDS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 45, 60, 120, 300)
+STAGE_SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
+STEP_SECONDS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1)
+BATCH_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+LOAD_SECONDS = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+
+
+class WorkerMetrics:
+    """The worker's collectors, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        counter = partial(Counter, registry=self.registry, namespace="darkroom")
+        gauge = partial(Gauge, registry=self.registry, namespace="darkroom")
+        histogram = partial(Histogram, registry=self.registry, namespace="darkroom")
+        self._jobs = counter("jobs", "Jobs ended, by outcome", ["model", "outcome"])
+        self._queue = histogram("request_queue_seconds", "From submission to claim", ["model"], buckets=QUEUE_SECONDS)
+        self._run = histogram("request_inference_seconds", "From claim to commit", ["model"], buckets=RUN_SECONDS)
+        self._stage = histogram("stage_seconds", "One batch of one stage", ["model", "stage"], buckets=STAGE_SECONDS)
+        self._step = histogram(
+            "denoise_step_seconds", "One denoising step", ["model", "megapixels"], buckets=STEP_SECONDS
+        )
+        self._rows = histogram("batch_size", "Rows of a denoising step", ["model"], buckets=BATCH_ROWS)
+        self._row_steps = counter("row_steps", "Rows denoised, summed over steps", ["model"])
+        self._load = histogram("model_load_seconds", "Loading and warming up", ["model"], buckets=LOAD_SECONDS)
+        self._loaded = gauge("models_loaded", "Models ready to serve", ["model"])
+        self._running = gauge("requests_running", "Jobs that this worker holds")
+
+    def loaded(self, model: str, seconds: float) -> None:
+        """A model is ready."""
+        self._load.labels(model).observe(seconds)
+        self._loaded.labels(model).set(1)
+
+    def claimed(self, job: Job, queued_s: float) -> None:
+        """A job was taken from the queue."""
+        self._queue.labels(job.model).observe(max(0.0, queued_s))
+        self._running.inc()
+
+    def ended(self, job: Job, outcome: str, run_s: float) -> None:
+        """A job is over: succeeded, failed, canceled, or lost (another holds it now)."""
+        self._jobs.labels(job.model, outcome).inc()
+        self._run.labels(job.model).observe(run_s)
+        self._running.dec()
+
+    def stage(self, job: Job, stage: str, seconds: float) -> None:
+        """A stage outside the engine: encode_image, upload."""
+        self._stage.labels(job.model, stage).observe(seconds)
+
+    def batch(self, job: Job, stage: str, *, rows: int, seconds: float) -> None:
+        """The engine ran one batch; `job` is one of those in it."""
+        self._stage.labels(job.model, stage).observe(seconds)
+        if stage == "denoise":
+            megapixels = f"{job.params.width * job.params.height / 2**20:.2g}"
+            self._step.labels(job.model, megapixels).observe(seconds)
+            self._rows.labels(job.model).observe(rows)
+            self._row_steps.labels(job.model).inc(rows)

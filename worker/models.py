@@ -1,0 +1,122 @@
+"""The models that a worker holds: loaded, warmed up, each with the card that it publishes."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+
+from model.checkpoint import CheckpointError, Components, load_components
+from model.config import VARIANTS
+from model.params import GenerationParams
+from model.pipeline import Pipeline, generate, run
+from model.text import T5_LENGTH
+from worker.contract.cards import Defaults, Limits, ModelCard
+from worker.settings import ModelSource, WorkerSettings
+
+log = structlog.get_logger()
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """One model, ready to serve."""
+
+    card: ModelCard
+    pipeline: Pipeline
+    load_s: float
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a setting; `auto` is CUDA where there is a GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a setting; `auto` is bf16 where the device multiplies it fast."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.bfloat16 if device.type == "cuda" or _cpu_has_bf16() else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def load(source: ModelSource, settings: WorkerSettings) -> Model:
+    """Load a model and make a first picture with it; CheckpointError says what is wrong with its files."""
+    started = time.perf_counter()
+    device = pick_device(settings.device)
+    parts = load_components(
+        source.path, device, pick_dtype(settings.dtype, device), tokenizers=settings.tokenizers, load_t5=settings.t5
+    )
+    told = _told(source.path)
+    card = make_card(source, parts, told)
+    pipeline = Pipeline(
+        parts.mmdit,
+        parts.vae,
+        parts.text,
+        shift=parts.shift,
+        t5_length=settings.t5_length or told.get("t5_length", T5_LENGTH),
+    )
+    warm_up(pipeline, card)
+    return Model(card, pipeline, time.perf_counter() - started)
+
+
+def warm_up(pipeline: Pipeline, card: ModelCard) -> None:
+    """One picture of one step at the default size: kernels are chosen and memory is reserved before anyone waits."""
+    d = card.defaults
+    params = GenerationParams(
+        prompt="warm up", width=d.width, height=d.height, steps=1, guidance_scale=d.guidance_scale, seed=0
+    )
+    run(generate(params, pipeline.shift), pipeline)
+
+
+def make_card(source: ModelSource, parts: Components, told: dict[str, Any]) -> ModelCard:
+    """The card of a model: what its own `darkroom.json` says, else what its variant's publisher recommends."""
+    variant = source.variant or told.get("variant") or parts.variant
+    known = VARIANTS.get(variant)
+    if known is None and "defaults" not in told:
+        message = f"{source.path} is none of the published variants and has no darkroom.json with its defaults"
+        raise CheckpointError(message)
+    if known is not None and known.mmdit != parts.mmdit_config:
+        raise CheckpointError(f"{source.path} was declared {variant!r}, but its network is not that variant's")
+    grid_side = parts.mmdit_config.pos_embed_grid * parts.mmdit_config.patch * 8
+    limits: dict[str, Any] = {"max_side": min(grid_side, known.max_side if known else grid_side)}
+    defaults = {"steps": known.steps, "guidance_scale": known.guidance_scale, "sampler": known.sampler} if known else {}
+    return ModelCard(
+        name=source.name,
+        description=told.get("description") or (known.title if known else source.name),
+        variant=variant,
+        revision=parts.revision,
+        parameters=sum(p.numel() for p in parts.mmdit.parameters()),
+        defaults=Defaults(**(defaults | told.get("defaults", {}))),
+        limits=Limits(**(limits | told.get("limits", {}))),
+        negative_prompt=known.guided if known else told.get("negative_prompt", True),
+    )
+
+
+def _told(path: Path) -> dict[str, Any]:
+    """A bundle's own `darkroom.json`: description, defaults, limits, t5_length."""
+    file = path / "darkroom.json"
+    if not file.is_file():
+        return {}
+    try:
+        told = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(told, dict):
+        raise CheckpointError(f"{file} must hold a JSON object")
+    return told

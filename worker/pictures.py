@@ -1,0 +1,62 @@
+"""Pixels to the bytes of a PNG, JPEG or WebP, with what made them in the file's own text."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from worker.contract.job import Job
+
+EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
+
+
+def encode(pixels: Tensor, job: Job, n: int) -> bytes:
+    """Picture `n` of a job as a file.
+
+    pixels : shape = (h, w, 3), uint8, on the CPU
+    """
+    image = Image.fromarray(pixels.numpy(), mode=None)
+    file = io.BytesIO()
+    options: dict[str, object] = {}
+    if job.output.format == "png":
+        options["compress_level"] = 4
+        if job.output.metadata == "full":
+            options["pnginfo"] = _png_text(job, n)
+    else:
+        options["quality"] = job.output.quality
+        if job.output.metadata == "full":
+            options["exif"] = _exif(job, n)
+    image.save(file, format=job.output.format, **options)
+    return file.getvalue()
+
+
+def parameters(job: Job, n: int) -> str:
+    """What made picture `n`, in the form that image browsers for diffusion pictures read."""
+    p = job.params.nth(n)
+    lines = [p.prompt]
+    if p.negative_prompt:
+        lines.append(f"Negative prompt: {p.negative_prompt}")
+    lines.append(
+        f"Steps: {p.steps}, Sampler: {p.sampler}, CFG scale: {p.guidance_scale:g}, Seed: {p.seed}, "
+        f"Size: {p.width}x{p.height}, Model: {job.model}, Model hash: {job.revision}"
+    )
+    return "\n".join(lines)
+
+
+def _png_text(job: Job, n: int) -> PngInfo:
+    text = PngInfo()
+    text.add_itxt("parameters", parameters(job, n))
+    made_by = {"model": job.model, "revision": job.revision, **asdict(job.params.nth(n))}
+    text.add_itxt("darkroom", json.dumps(made_by, ensure_ascii=False))
+    return text
+
+
+def _exif(job: Job, n: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[EXIF_IFD] = {USER_COMMENT: b"UNICODE\0" + parameters(job, n).encode("utf-16-be", errors="replace")}
+    return exif
