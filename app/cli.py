@@ -59,10 +59,10 @@ def up(
     settings = _read(StackSettings, host=host, port=port)
     try:
         with _interruptible(), Stack(settings, _say, verbose=verbose) as stack:
-            stack.wait_ready()
+            model = stack.wait_ready()[0]
             _say(f"\nDarkroom is ready at {stack.url} (API: {stack.url}/openapi.json). Ctrl-C stops it. Try:\n")
             _say(f'  darkroom generate "a red circle on a blue background" --url {stack.url}\n')
-            _say(_curl(stack.url) + "\n")
+            _say(_curl(stack.url, model) + "\n")
             try:
                 stack.supervise()
             except KeyboardInterrupt:
@@ -199,10 +199,10 @@ def _require(role: str, *packages: str) -> None:
         _fail(f"the {role} needs {', '.join(missing)}: pip install 'darkroom[{role}]'")
 
 
-def _curl(url: str) -> str:
+def _curl(url: str, model: str) -> str:
     return (
         f"  curl -s {url}/v1/generations -H 'content-type: application/json' -H 'prefer: wait=60' \\\n"
-        '    -d \'{"model": "demo", "prompt": "a red circle on a blue background"}\''
+        f'    -d \'{{"model": "{model}", "prompt": "a red circle on a blue background"}}\''
     )
 
 

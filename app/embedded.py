@@ -22,7 +22,6 @@ MIN_VERSION = (7, 2)
 """RQ's own floor, and ours."""
 
 _START_ATTEMPTS = 3
-_LOCK_WAIT_S = 5.0
 _STOP_GRACE_S = 10.0
 
 
@@ -45,8 +44,11 @@ class EmbeddedValkey:
         assert self._child is not None, "start() comes first"
         return self._child
 
-    def start(self, timeout_s: float = 60.0) -> None:
-        """Starts it and waits until it answers; loading a long append-only file is part of that."""
+    def start(self, timeout_s: float = 60.0, lock_wait_s: float = 5.0) -> None:
+        """Starts it and waits until it answers; loading a long append-only file is part of that.
+
+        lock_wait_s: how long to wait for another server on the same folder to end.
+        """
         binary = find_server()
         if binary is None:
             raise EmbeddedFailed(
@@ -54,7 +56,7 @@ class EmbeddedValkey:
                 "redis-server, or set DARKROOM_REDIS_URL"
             )
         self._folder.mkdir(parents=True, exist_ok=True)
-        lock = _take_lock(self._folder)
+        lock = _take_lock(self._folder, lock_wait_s)
         try:
             self._start(binary, lock, time.monotonic() + timeout_s)
         finally:
@@ -166,10 +168,10 @@ def _config(folder: Path, port: int, password: str) -> str:
     )
 
 
-def _take_lock(folder: Path) -> int:
+def _take_lock(folder: Path, wait_s: float) -> int:
     """Two servers on one append-only file would ruin it. A server that is just ending is waited for."""
     handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    deadline = time.monotonic() + _LOCK_WAIT_S
+    deadline = time.monotonic() + wait_s
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

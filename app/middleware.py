@@ -146,4 +146,6 @@ async def _discard(receive: Receive) -> None:
 
 def _route(scope: Scope) -> str:
     """The template of the route that served; bounded, unlike paths."""
-    return getattr(scope.get("route"), "path", "unmatched")
+    if "endpoint" not in scope:
+        return "unmatched"
+    return getattr(scope.get("route"), "path", scope["path"])  # a plain route has no parameters

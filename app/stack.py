@@ -89,26 +89,25 @@ class Stack:
     ) -> None:
         self.stop()
 
-    def wait_ready(self) -> None:
-        """Returns once a worker holds a model. However long that takes: only a part that dies ends it early."""
+    def wait_ready(self) -> list[str]:
+        """The models that a worker holds, once there are any. However long that takes: only a death ends it early."""
         gateway, worker = _running(self._gateway), _running(self._worker)
-        deadline = time.monotonic() + _GATEWAY_START_S
-        answered = False
+        deadline, answered = time.monotonic() + _GATEWAY_START_S, False
         with Client(self.url, timeout_s=2.0) as client:
             while True:
                 for child in (gateway, worker):
                     self._require(child, "while starting")
                 try:
-                    ready = any(model["loaded"] for model in client.models())
+                    loaded = [str(model["name"]) for model in client.models() if model["loaded"]]
+                except (Unreachable, Refused):
+                    if not answered and time.monotonic() > deadline:
+                        raise StackFailed(f"the gateway does not answer at {self.url}{_ending(gateway)}") from None
+                else:
+                    if loaded:
+                        return loaded
                     if not answered:
                         self._report("the gateway answers; the worker is loading its models")
                     answered = True
-                except (Unreachable, Refused):
-                    ready = False
-                    if not answered and time.monotonic() > deadline:
-                        raise StackFailed(f"the gateway does not answer at {self.url}{_ending(gateway)}") from None
-                if ready:
-                    return
                 time.sleep(_POLL_S)
 
     def supervise(self) -> None:

@@ -267,6 +267,7 @@ class _Shards:
             names = [f"{stem}.safetensors"]
         for name, shard in zip(names, shards, strict=True):
             save_file(shard, folder / name, metadata={"format": "pt"})
+            (folder / name).chmod(0o644)  # save_file leaves it to the owner alone
         if len(shards) > 1:
             weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}

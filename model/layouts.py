@@ -34,7 +34,13 @@ TEXT_PREFIX = "text_encoders.{}."
 MMDIT_KEY, VAE_KEY = "x_embedder.proj.weight", "decoder.conv_in.weight"
 
 # What shapes cannot say. The end token is found as the largest id (transformers' meaning of 2), as published.
-CLIP_L_REST: dict[str, Any] = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": 2}
+CLIP_L_REST: dict[str, Any] = {
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "eos_token_id": 2,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
 CLIP_G_REST: dict[str, Any] = CLIP_L_REST | {"hidden_act": "gelu"}
 T5_REST: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "relative_attention_max_distance": 128}
 

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: a real Valkey."""
+"""Fixtures for all tests: a real Valkey, and a bundle of tiny weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,3 +87,12 @@ def own_valkey(tmp_path: Path) -> Iterator[Valkey]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny random weights; its card allows 64x64."""
+    folder = tmp_path_factory.mktemp("bundle") / "tiny"
+    # A process of its own: what writes the bundle imports more than the tests should have loaded.
+    subprocess.run([sys.executable, "-m", "tests.tiny_bundle", str(folder)], check=True, capture_output=True)
+    return folder

@@ -58,7 +58,7 @@ class Task:
     @property
     def progress(self) -> Progress:
         """Denoising steps done, over all pictures."""
-        return Progress(step=self.steps_done, steps=self.job.params.steps * self.job.num_images)
+        return Progress(step=self.steps_done, steps=self.job.steps)
 
     @property
     def renderings(self) -> list[Rendering]:
@@ -141,7 +141,7 @@ class Engine:
         if task.cancel_requested:
             self._end(task, "canceled")
         elif self._now() > task.job.deadline:
-            message = f"the deadline passed after {task.steps_done} of {task.progress.steps} steps"
+            message = f"the deadline passed after {task.steps_done} of {task.job.steps} steps"
             self._end(task, "failed", Failure(code="deadline_exceeded", message=message))
 
     def _run(self, batch: Sequence[Child]) -> list[Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import uuid
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
@@ -162,7 +161,7 @@ class Intake:
             queued_s = max(0.0, claimed_at - (read_time(enqueued_at) or claimed_at))
             try:
                 job = read_job(data)
-            except (SchemaUnknown, ValueError, TypeError, LookupError, AttributeError, zlib.error):
+            except SchemaUnknown:
                 ending = encode("failed", Result(failure=UNREADABLE))
                 self._run("commit", job_id, execution, RQ_STATUS["failed"], ending.outcome, ending.encoded)
                 continue

@@ -66,6 +66,7 @@ class Worker:
     def stop(self) -> None:
         """Claim nothing more; `serve` returns when what is held has ended."""
         self.stopping.set()
+        self.intake.wake()
 
     def serve(self) -> None:
         """Serve until stopped. Redis may come and go meanwhile."""
@@ -132,6 +133,7 @@ class Worker:
             self.intake.retire()
         except QueueUnavailable:
             log.warning("redis is away; this worker will be missed by its heartbeat")
+        self.intake.close()
 
     def _ended(self, task: Task) -> None:
         """Called on the GPU thread when a task is over: the rest happens off it."""
@@ -147,6 +149,7 @@ class Worker:
             log.exception("could not commit", job=task.job.id)
         finally:
             del self._held[task.job.id]
+            self.intake.wake()
             run_s = time.time() - held.claim.claimed_at
             self.metrics.ended(task.job, outcome, run_s)
             log.info("ended", job=task.job.id, outcome=outcome, run_s=round(run_s, 3))

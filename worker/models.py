@@ -60,7 +60,12 @@ def load(source: ModelSource, settings: WorkerSettings) -> Model:
     started = time.perf_counter()
     device = pick_device(settings.device)
     parts = load_components(
-        source.path, device, pick_dtype(settings.dtype, device), tokenizers=settings.tokenizers, load_t5=settings.t5
+        source.path,
+        device,
+        pick_dtype(settings.dtype, device),
+        tokenizers=settings.tokenizers,
+        load_t5=settings.t5,
+        variant=source.variant,
     )
     told = _told(source.path)
     card = make_card(source, parts, told)
@@ -86,20 +91,17 @@ def warm_up(pipeline: Pipeline, card: ModelCard) -> None:
 
 def make_card(source: ModelSource, parts: Components, told: dict[str, Any]) -> ModelCard:
     """The card of a model: what its own `darkroom.json` says, else what its variant's publisher recommends."""
-    variant = source.variant or told.get("variant") or parts.variant
-    known = VARIANTS.get(variant)
+    known = VARIANTS.get(parts.variant)
     if known is None and "defaults" not in told:
         message = f"{source.path} is none of the published variants and has no darkroom.json with its defaults"
         raise CheckpointError(message)
-    if known is not None and known.mmdit != parts.mmdit_config:
-        raise CheckpointError(f"{source.path} was declared {variant!r}, but its network is not that variant's")
     grid_side = parts.mmdit_config.pos_embed_grid * parts.mmdit_config.patch * 8
     limits: dict[str, Any] = {"max_side": min(grid_side, known.max_side if known else grid_side)}
     defaults = {"steps": known.steps, "guidance_scale": known.guidance_scale, "sampler": known.sampler} if known else {}
     return ModelCard(
         name=source.name,
         description=told.get("description") or (known.title if known else source.name),
-        variant=variant,
+        variant=parts.variant,
         revision=parts.revision,
         parameters=sum(p.numel() for p in parts.mmdit.parameters()),
         defaults=Defaults(**(defaults | told.get("defaults", {}))),

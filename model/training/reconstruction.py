@@ -62,7 +62,7 @@ def train_vae(settings: VAETraining, device: torch.device) -> dict[str, float]:
     log.say(f"{sum(p.numel() for p in vae.parameters()):,} parameters on {device_name(device)}")
     steps = Run(settings, vae, average, clock, log, device).loop()
     average.swap()
-    measures = {"steps": steps, **measure(vae, device)}
+    measures = {"steps": steps, **measure(vae, device, pictures=128 if device.type == "cuda" else 8)}
     log.row(**measures)
     finish(settings, vae, average, measures, log)
     return measures
@@ -144,23 +144,25 @@ class Run:
         noise = torch.randn(len(pixels), s.config.latent_channels, s.size // 8, s.size // 8, device=self.device)
         late = torch.tensor(min(1.0, 2 * fraction)).to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss, error = self._loss(pixels, noise, late)
-        loss.backward()
+            error = self._gradients(pixels, noise, late)
         torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update()
         return error
 
-    def _loss(self, pixels: Tensor, noise: Tensor, late: Tensor) -> tuple[Tensor, Tensor]:
+    def _gradients(self, pixels: Tensor, noise: Tensor, late: Tensor) -> Tensor:
         try:
-            return self.loss(self.vae, pixels, noise, self.settings.kl, late)
-        except Exception as error:  # a compiler's error has no common type; without it the run is only slower
+            loss, error = self.loss(self.vae, pixels, noise, self.settings.kl, late)
+            loss.backward()
+        except Exception as problem:  # a compiler's errors have no common type; without it the run is only slower
             if self.loss is vae_loss:
                 raise
-            self.log.say(f"not compiled, going on without: {type(error).__name__}: {str(error)[:300]}")
+            self.log.say(f"going on without torch.compile: {type(problem).__name__}: {str(problem)[:300]}")
             self.loss = vae_loss
-            return self._loss(pixels, noise, late)
+            self.optimizer.zero_grad(set_to_none=True)
+            return self._gradients(pixels, noise, late)
+        return error
 
     def pictures(self) -> list[Tensor]:
         """The next batches: windows of pictures of many sizes, painted together."""

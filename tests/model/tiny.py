@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ MMDIT_X = MMDiTConfig(
     pos_embed_grid=24,
     dual_blocks=(0, 1),
 )
+TABLES = re.compile(r"pos_embed$|token_embedding|position_embedding|shared|embed_tokens")
 TINY_VAE = VAEConfig(channels=(32, 32, 64, 64))
 
 
@@ -46,7 +48,7 @@ def randomize(net: nn.Module, seed: int = 0) -> None:
             noise = torch.randn(tensor.shape, generator=generator)
             if tensor.ndim > 1:
                 fan_in = tensor[0].numel()
-                tensor.copy_(noise if "embed" in name and "proj" not in name else noise / fan_in**0.5)
+                tensor.copy_(noise if TABLES.search(name) else noise / fan_in**0.5)
             else:
                 tensor.copy_(0.1 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
 

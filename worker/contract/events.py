@@ -28,7 +28,7 @@ class EndedJobs:
     @asynccontextmanager
     async def watch(self, job_id: str) -> AsyncIterator[asyncio.Event]:
         """An event that is set each time the job is said to have ended."""
-        if self._listener is None:
+        if self._listener is None or self._listener.done():
             self._listener = asyncio.create_task(self._listen(), name="darkroom-ended-jobs")
         event = asyncio.Event()
         self._waiting[job_id].add(event)
@@ -41,10 +41,10 @@ class EndedJobs:
 
     async def close(self) -> None:
         """Stops listening."""
-        if self._listener is not None:
-            self._listener.cancel()
-            await asyncio.gather(self._listener, return_exceptions=True)
-            self._listener = None
+        listener, self._listener = self._listener, None
+        while listener is not None and not listener.done():
+            listener.cancel()  # more than once: redis-py loses a cancellation that meets it connecting
+            await asyncio.wait([listener], timeout=0.1)
 
     async def _listen(self) -> None:
         while True:

@@ -66,6 +66,11 @@ class Job:
         """The seed of each picture."""
         return [self.params.seed + n for n in range(self.num_images)]
 
+    @property
+    def steps(self) -> int:
+        """Denoising steps of all pictures together."""
+        return self.params.steps * self.num_images
+
     def to_payload(self) -> dict[str, Any]:
         """The job as JSON-ready data."""
         return asdict(self)

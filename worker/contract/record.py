@@ -16,7 +16,8 @@ from rq.job import Job as RQJob
 from rq.serializers import JSONSerializer
 from rq.utils import utcparse
 
-from worker.contract.job import TERMINAL, Failure, Job, JobView, Progress, Result, Status, execute
+from worker.contract.errors import SchemaUnknown
+from worker.contract.job import SCHEMA, TERMINAL, Failure, Job, JobView, Progress, Result, Status, execute
 
 Ended = Literal["succeeded", "failed", "canceled"]
 
@@ -59,6 +60,10 @@ class RecordWriter:
 
     def fields(self, job: Job) -> list[str | bytes | int]:
         """RQ's job hash as fields and values in turn, for HSET."""
+        return [part for pair in self.twin(job).to_dict().items() for part in pair]
+
+    def twin(self, job: Job) -> RQJob:
+        """The job as RQ's own."""
         meta = {"schema": job.schema, "model": job.model, "priority": job.priority, "deadline": job.deadline}
         twin = RQJob.create(
             f"{execute.__module__}.{execute.__name__}",
@@ -74,13 +79,16 @@ class RecordWriter:
             connection=self._connection,
         )
         twin.created_at = datetime.fromtimestamp(job.created_at, UTC)
-        return [part for pair in twin.to_dict().items() for part in pair]
+        return twin
 
 
 def read_job(data: bytes) -> Job:
-    """The job in the `data` field of RQ's hash; SchemaUnknown if another Darkroom wrote it."""
-    _func, _instance, args, _kwargs = json.loads(zlib.decompress(data))
-    return Job.from_payload(args[0])
+    """The job in the `data` field of RQ's hash; SchemaUnknown if this Darkroom cannot read it."""
+    try:
+        _func, _instance, args, _kwargs = json.loads(zlib.decompress(data))
+        return Job.from_payload(args[0])
+    except (zlib.error, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise SchemaUnknown("unreadable", SCHEMA) from error
 
 
 def read_time(text: bytes | None) -> float | None:
@@ -93,11 +101,12 @@ def read_view(record: Sequence[Any]) -> JobView:
     position, *flat = record
     fields: dict[bytes, bytes] = dict(zip(flat[::2], flat[1::2], strict=True))
     status = STATUS.get(fields[b"status"].decode(), "queued")  # RQ's others (deferred, scheduled) all wait
+    job = read_job(fields[b"data"])
     return JobView(
-        job=read_job(fields[b"data"]),
+        job=job,
         status=status,
         position=position if status == "queued" and position >= 0 else None,
-        progress=_progress(fields) if status in ("running", "succeeded") else None,
+        progress=_progress(fields, status, job),
         started_at=read_time(fields.get(b"started_at")),
         ended_at=read_time(fields.get(b"ended_at")),
         cancel_requested=b"cancel_requested" in fields,
@@ -105,8 +114,10 @@ def read_view(record: Sequence[Any]) -> JobView:
     )
 
 
-def _progress(fields: dict[bytes, bytes]) -> Progress | None:
-    if b"step" not in fields:
+def _progress(fields: dict[bytes, bytes], status: Status, job: Job) -> Progress | None:
+    if status == "succeeded":  # whatever was last heard of it
+        return Progress(step=job.steps, steps=job.steps)
+    if status != "running" or b"step" not in fields:
         return None
     return Progress(step=int(fields[b"step"]), steps=int(fields[b"steps"]))
 

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+
+from worker.contract.errors import StoreUnavailable
+from worker.contract.store import FolderStore, picture_key
+
+KEY = "gen_1/abc/0.png"
+
+
+@pytest.fixture
+def store(tmp_path):
+    return FolderStore(tmp_path / "pictures")
+
+
+def test_put_bytes_are_got_until_deleted(store):
+    store.put(KEY, b"one")
+    store.put(KEY, b"two")
+    assert store.get(KEY) == b"two"
+    store.delete_prefix("gen_1")
+    assert store.get(KEY) is None
+
+
+@pytest.mark.parametrize("key", ["gen_1/abc/0.png", "gen_1/abc", "gen_1/abc/0.png/x"])
+def test_get_of_what_is_not_there_is_none(store, key):
+    assert store.get(key) is None
+    store.put("gen_1/abc/0.png", b"one")
+    assert store.get(key) == (b"one" if key == KEY else None)
+
+
+def test_picture_key_names_job_execution_and_number():
+    assert picture_key("gen_1", "abc", 2, "webp") == "gen_1/abc/2.webp"
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["", "/", "/etc/passwd", "a//b", "a/", "../a", "a/../b", "a/./b", ".hidden", "a\\b", "a b", "é", "a\n", "a\0b"],
+)
+def test_key_that_is_not_a_key_is_refused(store, key):
+    for call in (lambda: store.put(key, b""), lambda: store.get(key)):
+        with pytest.raises(ValueError, match="picture key is"):
+            call()
+
+
+@pytest.mark.parametrize("prefix", ["", "..", "gen_1/..", "*"])
+def test_prefix_that_is_not_a_key_deletes_nothing(store, prefix):
+    store.put(KEY, b"one")
+    with pytest.raises(ValueError, match="picture key is"):
+        store.delete_prefix(prefix)
+    assert store.get(KEY) == b"one"
+
+
+def test_delete_prefix_takes_one_execution_and_leaves_the_others(store):
+    store.put("gen_1/abc/0.png", b"a")
+    store.put("gen_1/abd/0.png", b"b")
+    store.put("gen_10/abc/0.png", b"c")
+    store.delete_prefix("gen_1/abc/")
+    store.delete_prefix("gen_2")
+    assert [store.get(f"{key}/0.png") for key in ("gen_1/abc", "gen_1/abd", "gen_10/abc")] == [None, b"b", b"c"]
+
+
+def test_failed_put_leaves_the_old_bytes_and_no_rest(store, tmp_path):
+    store.put(KEY, b"old")
+    with pytest.raises(TypeError):
+        store.put(KEY, "not bytes")
+    assert store.get(KEY) == b"old"
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["0.png"]
+
+
+def test_reader_never_sees_half_a_picture(store):
+    pictures = [bytes([n]) * 300_000 for n in range(2)]
+    store.put(KEY, pictures[0])
+    done = threading.Event()
+
+    def write():
+        for n in range(30):
+            store.put(KEY, pictures[n % 2])
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    while not done.is_set():
+        seen.add(store.get(KEY))
+    writer.join()
+    assert seen <= set(pictures)
+
+
+def test_sweep_takes_the_old_and_empty_folders_and_counts(store, tmp_path):
+    store.put("gen_1/abc/0.png", b"old")
+    store.put("gen_1/abc/1.png", b"old")
+    store.put("gen_2/abc/0.png", b"new")
+    for n in range(2):
+        os.utime(tmp_path / f"pictures/gen_1/abc/{n}.png", (1, time.time() - 100))
+    assert store.sweep(50) == 2
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["gen_2"]
+    assert store.get("gen_2/abc/0.png") == b"new"
+    assert store.sweep(50) == 0
+
+
+def test_put_survives_a_sweep_that_takes_its_empty_folder(store):
+    stop = threading.Event()
+
+    def sweep():
+        while not stop.is_set():
+            store.sweep(1000)
+
+    sweeper = threading.Thread(target=sweep)
+    sweeper.start()
+    for n in range(50):
+        store.put(f"gen_{n}/abc/0.png", b"x")
+    stop.set()
+    sweeper.join()
+    assert all(store.get(f"gen_{n}/abc/0.png") == b"x" for n in range(50))
+
+
+def test_sweep_of_a_folder_not_made_yet_finds_nothing(store):
+    assert store.sweep(1) == 0
+
+
+def test_folder_that_cannot_be_written_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    store = FolderStore(tmp_path / "file")
+    for call in (store.check, lambda: store.put(KEY, b"x")):
+        with pytest.raises(StoreUnavailable, match="the picture store is not reachable right now"):
+            call()
+
+
+def test_check_makes_the_folder_and_leaves_nothing_in_it(store, tmp_path):
+    store.check()
+    assert list((tmp_path / "pictures").iterdir()) == []

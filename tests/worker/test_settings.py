@@ -1,0 +1,42 @@
+"""The worker's settings, from the environment."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from worker.settings import DEMO, ModelSource, WorkerSettings
+
+
+def test_without_an_environment_the_demo_is_served() -> None:
+    assert WorkerSettings().models == (ModelSource("demo", DEMO),)
+
+
+def test_models_are_named_with_their_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DARKROOM_MODELS", "demo, sd3.5-large-turbo=/w/turbo, mine:medium=/w/mine.safetensors")
+    assert WorkerSettings().models == (
+        ModelSource("demo", DEMO),
+        ModelSource("sd3.5-large-turbo", Path("/w/turbo"), "large-turbo"),
+        ModelSource("mine", Path("/w/mine.safetensors"), "medium"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("DARKROOM_MODELS", "Bad Name=/x", "not name=path"),
+        ("DARKROOM_MODELS", "nopath", "not name=path"),
+        ("DARKROOM_MODELS", "a:huge=/x", "known: large"),
+        ("DARKROOM_MODELS", "a=/x,a=/y", "named twice"),
+        ("DARKROOM_MODELS", "", "models"),
+        ("DARKROOM_DEVICE", "tpu", "device"),
+        ("DARKROOM_MAX_JOBS", "0", "max_jobs"),
+        ("DARKROOM_REDIS_URL", "http://x", "redis_url"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_name(
+    variable: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValidationError, match=says):
+        WorkerSettings()
