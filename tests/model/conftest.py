@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,11 @@ from diffusers import StableDiffusion3Pipeline
 from model.checkpoint import Components, load_components
 from tests.model import tiny
 
-Load = Callable[[Path], Components]
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # Nets this small lose more to waiting threads than they gain, most of all beside other work.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ class FolderStore:
     def put(self, key: str, data: bytes) -> None:
         """Writes beside the place, then moves there: a reader never sees half a picture."""
         path = self._path(key)
-        with _reaching(self._root):
+        with _reaching_folder():
             handle, temporary = self._temporary(path.parent)
             try:
                 with os.fdopen(handle, "wb") as file:
@@ -74,7 +74,7 @@ class FolderStore:
     def get(self, key: str) -> bytes | None:
         """The bytes of the file, or None."""
         path = self._path(key)
-        with _reaching(self._root):
+        with _reaching_folder():
             try:
                 return path.read_bytes()
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -83,7 +83,7 @@ class FolderStore:
     def delete_prefix(self, prefix: str) -> None:
         """Removes the folder or file that the segments name; nothing there is no error."""
         path = self._path(prefix.removesuffix("/"))
-        with _reaching(self._root), suppress(FileNotFoundError, NotADirectoryError):
+        with _reaching_folder(), suppress(FileNotFoundError, NotADirectoryError):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -93,7 +93,7 @@ class FolderStore:
         """Removes files last written longer ago than that, and the folders that are empty then."""
         limit = time.time() - older_than_s
         swept = 0
-        with _reaching(self._root):
+        with _reaching_folder():
             for folder, _, names in os.walk(self._root, topdown=False):
                 for name in names:
                     swept += self._remove_if_older(Path(folder, name), limit)
@@ -104,7 +104,7 @@ class FolderStore:
 
     def check(self) -> None:
         """Writes and removes an empty file."""
-        with _reaching(self._root):
+        with _reaching_folder():
             handle, temporary = self._temporary(self._root)
             os.close(handle)
             os.unlink(temporary)
@@ -117,8 +117,8 @@ class FolderStore:
     def _temporary(self, folder: Path) -> tuple[int, str]:
         """A new file in the folder, made if need be; a sweep may remove the folder between the two."""
         for _ in range(10):
-            folder.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):
+                folder.mkdir(parents=True, exist_ok=True)
                 return tempfile.mkstemp(prefix=_TEMPORARY, dir=folder)
         raise FileNotFoundError(f"{folder} keeps vanishing")
 
@@ -132,8 +132,8 @@ class FolderStore:
 
 
 @contextmanager
-def _reaching(root: Path) -> Iterator[None]:
+def _reaching_folder() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreUnavailable(f"{root}: {error.strerror or error}") from error
+        raise StoreUnavailable((error.strerror or type(error).__name__).lower()) from error

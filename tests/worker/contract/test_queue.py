@@ -5,6 +5,7 @@ import socket
 import time
 
 import pytest
+import redis.asyncio
 from rq import Queue as RQQueue
 from rq.job import Job as RQJob
 from rq.serializers import JSONSerializer
@@ -199,10 +200,9 @@ async def test_expire_ends_overdue_jobs_that_nobody_looks_at(queue, make_job, cl
     overdue = [make_job(deadline=time.time() - 1, model=f"m{n}") for n in range(3)]
     waiting = make_job()
     await queue.submit(waiting)
-    # Together, so that no submit ends another's job.
     for job in overdue:
-        await queue.submit(job)
-    await queue.expire()
+        await queue.submit(job)  # ends those before it
+    assert await queue.expire() == 1
     assert [client.hget(f"rq:job:{job.id}", "status") for job in overdue] == [b"failed"] * 3
     assert client.zrange("darkroom:deadlines", 0, -1) == [waiting.id.encode()]
     assert await queue.expire() == 0
@@ -243,38 +243,38 @@ async def test_waiters_of_one_process_share_one_subscription_and_all_wake(queue,
     assert await subscribed()
 
 
-async def test_ending_a_job_wakes_its_waiters_alone(queue, redis_url, make_job, client):
-    async with EndedJobs_at(redis_url) as ended:
-        job, other = make_job(), make_job()
-        await queue.submit(job)
-        async with ended.watch(job.id) as event, ended.watch(other.id) as other_event:
+async def test_ending_a_job_wakes_its_own_waiters_without_a_look_at_redis(queue, redis_url, make_job, client):
+    listening = redis.asyncio.Redis.from_url(redis_url)
+    ended = EndedJobs(listening)
+    job, other = make_job(), make_job()
+    await queue.submit(job)
+    async with ended.watch(job.id) as event, ended.watch(other.id) as other_event:
 
-            async def subscribed():
-                return client.pubsub_numsub("darkroom:ended") == [(b"darkroom:ended", 1)]
+        async def subscribed():
+            return client.pubsub_numsub("darkroom:ended") == [(b"darkroom:ended", 1)]
 
-            await until(subscribed)
-            await queue.cancel(job.id)
-            async with asyncio.timeout(10):
-                await event.wait()
-            assert not other_event.is_set()
-
-
-class EndedJobs_at:
-    def __init__(self, url):
-        import redis.asyncio
-
-        self.client = redis.asyncio.Redis.from_url(url)
-        self.ended = EndedJobs(self.client)
-
-    async def __aenter__(self):
-        return self.ended
-
-    async def __aexit__(self, *_):
-        await self.ended.close()
-        await self.client.aclose()
+        await until(subscribed)
+        await queue.cancel(job.id)
+        async with asyncio.timeout(10):
+            await event.wait()
+        assert not other_event.is_set()
+    await ended.close()
+    await listening.aclose()
 
 
-async def test_progress_is_seen_while_running_and_after_a_success(queue, intake, make_job):
+@pytest.mark.parametrize("turns", range(0, 30, 3))
+async def test_listener_closes_at_whatever_moment(redis_url, turns):
+    listening = redis.asyncio.Redis.from_url(redis_url)
+    ended = EndedJobs(listening)
+    async with ended.watch("gen_1"):
+        for _ in range(turns):
+            await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await ended.close()
+    await listening.aclose()
+
+
+async def test_progress_is_as_reported_while_running_and_whole_after_a_success(queue, intake, make_job):
     job = make_job()
     await queue.submit(job)
     (claim,) = intake.claim(["demo"], 1)
@@ -282,7 +282,7 @@ async def test_progress_is_seen_while_running_and_after_a_success(queue, intake,
     intake.progress({claim: Progress(step=1, steps=2)})
     assert (await queue.view(job.id)).progress == Progress(step=1, steps=2)
     intake.commit(claim, "succeeded", Result())
-    assert (await queue.view(job.id)).progress == Progress(step=1, steps=2)
+    assert (await queue.view(job.id)).progress == Progress(step=2, steps=2)
 
 
 async def test_cards_stay_and_workers_come_and_go(queue, make_intake, client):

@@ -111,10 +111,12 @@ def test_put_survives_a_sweep_that_takes_its_empty_folder(store):
 
     sweeper = threading.Thread(target=sweep)
     sweeper.start()
-    for n in range(50):
-        store.put(f"gen_{n}/abc/0.png", b"x")
-    stop.set()
-    sweeper.join()
+    try:
+        for n in range(50):
+            store.put(f"gen_{n}/abc/0.png", b"x")
+    finally:
+        stop.set()
+        sweeper.join()
     assert all(store.get(f"gen_{n}/abc/0.png") == b"x" for n in range(50))
 
 

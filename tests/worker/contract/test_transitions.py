@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from base64 import b64decode
 
 import pytest
@@ -86,7 +87,6 @@ def snapshot(client):
 
 
 def assert_same(ours, theirs):
-    """A field that RQ writes empty may be absent from ours only if it is there with a value."""
     assert ours.keys() == theirs.keys()
     for key in theirs:
         assert ours[key] == theirs[key], key
@@ -191,6 +191,16 @@ async def test_rq_cleaning_its_registries_leaves_our_jobs_alone(queue, intake, m
     assert intake.commit(running, "succeeded", Result())
 
 
+@pytest.fixture
+def signals_kept():
+    """RQ's worker leaves its own handlers behind."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals_kept")
 async def test_stock_worker_of_rq_fails_a_job_with_one_clear_sentence(queue, make_job, client):
     job = make_job()
     await queue.submit(job)
