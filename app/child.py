@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-_PR_SET_PDEATHSIG = 1
+# Runs in the child, which then becomes the command: prctl(PR_SET_PDEATHSIG, ...) outlasts exec. A process of its own,
+# not preexec_fn, which may deadlock where there are threads.
+_BIND_AND_EXEC = """
+import ctypes, os, signal, sys
+number, parent = int(sys.argv[1]), int(sys.argv[2])
+ctypes.CDLL(None).prctl(1, number, 0, 0, 0)
+if os.getppid() != parent:
+    sys.exit("the parent is gone")
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Child:
@@ -38,14 +47,13 @@ class Child:
         sink: IO[bytes] | None = log.open("ab") if log else None
         try:
             self._process = subprocess.Popen(
-                argv,
+                _bound_to_parent(argv, death_signal),
                 stdin=subprocess.DEVNULL if config is None else subprocess.PIPE,
                 stdout=sink,
                 stderr=subprocess.STDOUT if sink else None,
                 env=env,
                 pass_fds=inherit,
                 process_group=0,  # Ctrl-C reaches us alone; we stop the others in order
-                preexec_fn=_bound_to_parent(death_signal),
             )
         finally:
             if sink:
@@ -97,14 +105,7 @@ class Child:
         return "\n".join(lines[-count:])
 
 
-def _bound_to_parent(death_signal: signal.Signals) -> Callable[[], None] | None:
+def _bound_to_parent(argv: Sequence[str], death_signal: signal.Signals) -> Sequence[str]:
     if sys.platform != "linux":
-        return None
-    prctl, parent, number = ctypes.CDLL(None).prctl, os.getpid(), int(death_signal)
-
-    def bind() -> None:
-        prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
-        if os.getppid() != parent:  # it died before the call above
-            os._exit(1)
-
-    return bind
+        return argv
+    return [sys.executable, "-I", "-S", "-c", _BIND_AND_EXEC, str(int(death_signal)), str(os.getpid()), *argv]

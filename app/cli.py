@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings
 
 from app.client import Client, Refused, Unreachable
 from app.generate import Canceled, GenerateFailed, Request, generate_pictures
-from app.stack import WORKER, Stack, StackFailed, StackSettings
+from app.stack import COMMANDS, Stack, StackFailed, StackSettings
 
 cli = typer.Typer(
     name="darkroom",
@@ -88,7 +88,7 @@ def gateway(host: Host = None, port: Port = None) -> None:
 def worker() -> None:
     """Run the GPU worker alone. Needs a Redis (DARKROOM_REDIS_URL); serves the models of DARKROOM_MODELS."""
     _require("worker", "torch", "transformers", "safetensors")
-    os.execv(WORKER[0], WORKER)
+    os.execv(sys.executable, COMMANDS["worker"])
 
 
 @cli.command()

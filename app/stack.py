@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -25,8 +25,10 @@ _MAX_BACKOFF_S = 30.0
 _STEADY_S = 60.0
 """A worker that ran this long before it died is restarted without the earlier deaths held against it."""
 
-GATEWAY = [sys.executable, "-P", "-m", "app.cli", "gateway"]
-WORKER = [sys.executable, "-P", "-m", "worker.main"]
+COMMANDS = {
+    "gateway": (sys.executable, "-P", "-m", "app.cli", "gateway"),
+    "worker": (sys.executable, "-P", "-m", "worker.main"),
+}
 
 
 class StackFailed(Exception):
@@ -65,8 +67,9 @@ class Stack:
         *,
         verbose: bool = False,  # logs go where we write, not to files
         alone: bool = False,  # own Valkey and pictures in data_dir, whatever the environment says
+        commands: Mapping[str, Sequence[str]] = COMMANDS,
     ) -> None:
-        self._settings, self._report, self._verbose = settings, report, verbose
+        self._settings, self._report, self._verbose, self._commands = settings, report, verbose, commands
         self._alone, self._own_valkey = alone, alone or settings.embedded
         self._pictures = settings.data_dir / "pictures" if alone else settings.pictures
         self._port = settings.port or free_port()
@@ -125,7 +128,7 @@ class Stack:
                 self._report(f"another worker starts in {delay_s:g} s")
                 restart_at = now + delay_s
             elif restart_at and now >= restart_at:
-                self._worker, born, restart_at = self._spawn("worker", WORKER), now, 0.0
+                self._worker, born, restart_at = self._spawn("worker"), now, 0.0
             time.sleep(_POLL_S)
 
     def stop(self) -> None:
@@ -163,10 +166,9 @@ class Stack:
         }
         if self._alone:
             self._env["DARKROOM_METRICS_PORT"] = "0"  # another worker here may have the configured one
-        if self._own_valkey:
-            self._env["DARKROOM_REDIS_URL"] = self._start_valkey()
-        self._worker = self._spawn("worker", WORKER)
-        self._gateway = self._spawn("gateway", GATEWAY)
+        self._env["DARKROOM_REDIS_URL"] = self._start_valkey() if self._own_valkey else str(settings.redis_url)
+        self._worker = self._spawn("worker")
+        self._gateway = self._spawn("gateway")
 
     def _start_valkey(self) -> str:
         folder = self._settings.data_dir / "valkey"
@@ -178,8 +180,8 @@ class Stack:
         self._report(f"embedded Valkey {self._valkey.child.pid} keeps its data in {folder}")
         return self._valkey.url
 
-    def _spawn(self, name: str, argv: list[str]) -> Child:
-        child = Child(name, argv, env=self._env, log=None if self._verbose else self._log(name))
+    def _spawn(self, name: str) -> Child:
+        child = Child(name, self._commands[name], env=self._env, log=None if self._verbose else self._log(name))
         self._report(f"{name} {child.pid} started" + (f", its log is {child.log}" if child.log else ""))
         return child
 

@@ -109,8 +109,10 @@ class _Config:
             raise CheckpointError(f"{self.path}: {key} is {value!r}, expected {' or '.join(map(repr, allowed))}")
         return value
 
-    def number(self, key: str, default: Any, *, kind: type | tuple[type, ...] = int, null: Any = None) -> Any:
-        value = self.data.get(key, default)
+    def number(
+        self, key: str, default: Any, *, kind: type[int] | tuple[type[int], type[float]] = int, null: Any = None
+    ) -> Any:
+        value: Any = self.data.get(key, default)
         if value is None and null is not None:
             return null
         if isinstance(value, bool) or not isinstance(value, kind) or value < 0:

@@ -25,7 +25,7 @@ from transformers import (
     CLIPTokenizer,
     PreTrainedTokenizerBase,
     T5EncoderModel,
-    T5TokenizerFast,
+    T5Tokenizer,
 )
 
 from model.bundle import TOKENIZERS, export_diffusers
@@ -88,7 +88,9 @@ def load_components(
     vae = loader.net(lambda: VAE(sources.vae_config), sources.vae, vae_rules(sources.vae_config))
     clip_l = loader.clip(lambda: CLIPTextModelWithProjection(sources.clip_l_config), sources.clip_l, bare=True)
     clip_g = loader.clip(lambda: CLIPTextModelWithProjection(sources.clip_g_config), sources.clip_g)
-    t5 = None if sources.t5 is None else loader.t5(lambda: T5EncoderModel(sources.t5_config), sources.t5)
+    t5 = None
+    if sources.t5 is not None and (t5_config := sources.t5_config) is not None:
+        t5 = loader.t5(lambda: T5EncoderModel(t5_config), sources.t5)
     return Components(
         mmdit=mmdit,
         vae=vae,
@@ -180,19 +182,19 @@ def _check_widths(sources: Sources) -> None:
     mmdit, vae, clips = sources.mmdit_config, sources.vae_config, (sources.clip_l_config, sources.clip_g_config)
     pairs = [
         ("the VAE's latent channels", vae.latent_channels, mmdit.in_channels),
-        ("the projections of CLIP-L and CLIP-G together", sum(c.projection_dim for c in clips), mmdit.pooled_dim),
+        ("the projections of CLIP-L and CLIP-G together", sum(c.projection_dim or 0 for c in clips), mmdit.pooled_dim),
         ("the width of T5", getattr(sources.t5_config, "d_model", mmdit.context_dim), mmdit.context_dim),
     ]
     for what, found, expected in pairs:
         if found != expected:
             raise CheckpointError(f"{what}: found {found}, expected {expected} for this MMDiT")
-    width = sum(c.hidden_size for c in clips)
+    width = sum(c.hidden_size or 0 for c in clips)
     if width > mmdit.context_dim:
         raise CheckpointError(f"CLIP-L and CLIP-G together are {width} wide, expected at most {mmdit.context_dim}")
 
 
 def _tokenizers(folder: Path, with_t5: bool) -> list[PreTrainedTokenizerBase | None]:
-    kinds = (CLIPTokenizer, CLIPTokenizer, T5TokenizerFast if with_t5 else None)
+    kinds = (CLIPTokenizer, CLIPTokenizer, T5Tokenizer if with_t5 else None)
     return [
         None if kind is None else _tokenizer(folder / name, kind) for name, kind in zip(TOKENIZERS, kinds, strict=True)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -174,14 +175,22 @@ def _original(path: Path, load_t5: bool) -> Sources:
         vae=vae,
         vae_config=_inferred(vae_config_of, vae),
         clip_l=clip_l,
-        clip_l_config=_inferred(lambda shapes: CLIPTextConfig(**clip_sizes_of(shapes), **CLIP_L_REST), clip_l),
+        clip_l_config=_inferred(partial(_clip_config, rest=CLIP_L_REST), clip_l),
         clip_g=clip_g,
-        clip_g_config=_inferred(lambda shapes: CLIPTextConfig(**clip_sizes_of(shapes), **CLIP_G_REST), clip_g),
+        clip_g_config=_inferred(partial(_clip_config, rest=CLIP_G_REST), clip_g),
         t5=t5,
-        t5_config=_inferred(lambda shapes: T5Config(**t5_sizes_of(shapes), **T5_REST), t5) if t5 else None,
+        t5_config=_inferred(_t5_config, t5) if t5 else None,
         tokenizers=folder,
         original=True,
     )
+
+
+def _clip_config(shapes: Mapping[str, Shape], rest: Mapping[str, Any]) -> CLIPTextConfig:
+    return CLIPTextConfig(**{**clip_sizes_of(shapes), **rest})
+
+
+def _t5_config(shapes: Mapping[str, Shape]) -> T5Config:
+    return T5Config(**{**t5_sizes_of(shapes), **T5_REST})
 
 
 def _main_file(folder: Path) -> WeightFile:

@@ -6,6 +6,7 @@ import json
 import threading
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Self, cast
@@ -16,7 +17,7 @@ from redis.exceptions import RedisError
 from rq.defaults import RQ_KEY_PREFIX
 
 from worker.contract.cards import ModelCard
-from worker.contract.errors import SchemaUnknown
+from worker.contract.errors import QueueUnavailable, SchemaUnknown
 from worker.contract.job import SCHEMA, Failure, Job, Progress, Result
 from worker.contract.link import link_options, reaching_redis, retry_once
 from worker.contract.queue import CARDS, WORKERS
@@ -163,7 +164,8 @@ class Intake:
                 job = read_job(data)
             except SchemaUnknown:
                 ending = encode("failed", Result(failure=UNREADABLE))
-                self._run("commit", job_id, execution, RQ_STATUS["failed"], ending.outcome, ending.encoded)
+                with suppress(QueueUnavailable):  # then it ends at its deadline; the other claims are what counts
+                    self._run("commit", job_id, execution, RQ_STATUS["failed"], ending.outcome, ending.encoded)
                 continue
             claims.append(Claim(job, execution.decode(), claimed_at, queued_s))
             self._held[job.id] = claims[-1]

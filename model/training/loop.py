@@ -25,7 +25,8 @@ class Clock:
     begin, end : the leg's share of the whole schedule, as fractions
     """
 
-    minutes: float  # from `started` to the end of the leg, compiling included
+    minutes: float  # from `started` to the end of the leg, compiling and saving included
+    reserve: float = 0.0  # seconds at the end for measuring and saving
     begin: float = 0.0
     end: float = 1.0
     started: float = field(default_factory=time.monotonic)
@@ -38,8 +39,8 @@ class Clock:
 
     @property
     def left(self) -> float:
-        """Seconds until the end of the leg."""
-        return 60 * self.minutes - self.elapsed
+        """Seconds left for training."""
+        return 60 * self.minutes - self.reserve - self.elapsed
 
     def run(self) -> None:
         """Count from now."""

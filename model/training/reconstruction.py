@@ -50,7 +50,7 @@ class VAETraining:
 
 def train_vae(settings: VAETraining, device: torch.device) -> dict[str, float]:
     """Trains, measures and writes weights, a sheet and training.json to `settings.out`; returns the measures."""
-    clock = Clock(settings.minutes, settings.begin, settings.end)
+    clock = Clock(settings.minutes, reserve=15, begin=settings.begin, end=settings.end)
     log = Log(clock)
     torch.manual_seed(settings.seed)
     torch.backends.cudnn.benchmark = True
@@ -113,7 +113,7 @@ class Run:
         """Steps until the clock ends; returns their number."""
         step, seen, errors = 0, 0, []
         since = self.clock.elapsed
-        while self.clock.left > 8 + 4 * (self.device.type == "cuda"):  # what measuring and saving take
+        while self.clock.left > 0:
             for pixels in self.pictures():
                 errors.append(self.step(pixels, step))
                 step += 1
@@ -122,7 +122,7 @@ class Run:
                     self.log.say(f"first steps after {self.clock.elapsed:.0f} s")
                     self.clock.run()
                     since, seen = self.clock.elapsed, step
-            if step >= 8 and (self.clock.elapsed - since > 10 or self.clock.left < 12):
+            if step >= 3 and self.clock.elapsed - since > 10:
                 since, seen = self._report(errors, step, since, seen)
                 errors = []
         return step

@@ -65,10 +65,14 @@ class FakeWorker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop()
+        self._intake.close()
+
+    def stop(self) -> None:
+        """Leaves: claims nothing more."""
         self._closed.set()
         self._thread.join()
         self._intake.retire()
-        self._intake.close()
 
     def _serve(self) -> None:
         intake = self._intake

@@ -298,7 +298,7 @@ async def test_image_past_its_lifetime_is_410_and_says_when(settings: GatewaySet
     queue = Past.connect(settings)
     with FakeWorker(settings):
         async with client_of(create_app(settings, queue)) as client:
-                generation = await finished(client)
+            generation = await finished(client)
             answer = await client.get(generation["images"][0]["url"])
     await queue.close()
     error = answer.json()["error"]

@@ -51,17 +51,6 @@ def test_second_up_on_the_same_data_is_refused(up: Up, models: str) -> None:
     assert "another Darkroom runs" in done.stderr
 
 
-def test_up_ends_in_order_at_sigterm_and_leaves_no_process(start_up: Callable[..., Up]) -> None:
-    up = start_up()
-    up.wait_until_said("Darkroom is ready")
-    children = children_of(up.process.pid)
-    assert len(children) == 3
-    assert up.stop() == 0
-    assert not any(map(is_alive, children))
-    assert up.said("stopped")
-    assert "bye bye" in (up.data / "logs" / "valkey.log").read_text()
-
-
 def test_dead_worker_is_replaced_and_a_killed_up_leaves_no_process(
     start_up: Callable[..., Up], model: str, tmp_path: Path
 ) -> None:
@@ -80,16 +69,6 @@ def test_dead_worker_is_replaced_and_a_killed_up_leaves_no_process(
     assert len(children) == 3
     up.stop(signal.SIGKILL)
     wait_until(lambda: not any(map(is_alive, children)))
-
-
-def test_up_ends_when_its_gateway_dies(start_up: Callable[..., Up]) -> None:
-    up = start_up()
-    up.wait_until_said("Darkroom is ready")
-    children = children_of(up.process.pid)
-    os.kill(up.pid("gateway"), signal.SIGKILL)
-    assert up.process.wait(60) == 1
-    assert up.said("error: the gateway was ended by SIGKILL")
-    assert not any(map(is_alive, children))
 
 
 def test_up_says_why_its_worker_cannot_start(start_up: Callable[..., Up], tmp_path: Path) -> None:

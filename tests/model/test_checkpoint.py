@@ -11,37 +11,18 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from model import config as model_config
 from model.checkpoint import CheckpointError, Components, load_components, variant_of
 from tests.model import tiny
+from tests.model.tiny import assert_same_weights, nets
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 DIFFUSION = "model.diffusion_model."
 
 State = dict[str, Tensor]
-
-
-def nets(components: Components) -> dict[str, nn.Module]:
-    text = components.text
-    parts = {
-        "mmdit": components.mmdit,
-        "vae": components.vae,
-        "clip_l": text.clip_l,
-        "clip_g": text.clip_g,
-        "t5": text.t5,
-    }
-    return {name: net for name, net in parts.items() if net is not None}
-
-
-def assert_same_weights(found: Components, expected: Components) -> None:
-    assert nets(found).keys() == nets(expected).keys()
-    for name, net in nets(expected).items():
-        state = nets(found)[name].state_dict()
-        for key, tensor in net.state_dict().items():
-            assert torch.equal(state[key], tensor), f"{name} {key}"
 
 
 def edited(path: Path, edit: Callable[[State], object]) -> None:
@@ -250,13 +231,10 @@ def scaled(state: State, scale: str, hint: str, names: list[str]) -> None:
         state[f"{name[:-6]}{hint}"] = torch.ones(())
 
 
-def dequantised(path: Path, prefix: str, scale: str | None) -> State:
+def dequantised(path: Path, prefix: str, scale: str) -> State:
     state = load_file(path)
-    return {
-        name.removeprefix(prefix): t.float() * (state[f"{name[:-6]}{scale}"] if scale else 1)
-        for name, t in state.items()
-        if t.dtype == FP8
-    }
+    quantised = [name for name, t in state.items() if t.dtype == FP8 and name.endswith(".weight")]
+    return {name.removeprefix(prefix): state[name].float() * state[f"{name[:-6]}{scale}"] for name in quantised}
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])

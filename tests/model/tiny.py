@@ -20,6 +20,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from model.checkpoint import Components
 from model.config import MMDiTConfig, VAEConfig
 from model.keys import mmdit_rules, vae_rules
 
@@ -190,3 +191,23 @@ def save_original(pipe: StableDiffusion3Pipeline, folder: Path) -> Path:
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         getattr(pipe, name).save_pretrained(folder / name)
     return main
+
+
+def nets(components: Components) -> dict[str, nn.Module]:
+    text = components.text
+    parts = {
+        "mmdit": components.mmdit,
+        "vae": components.vae,
+        "clip_l": text.clip_l,
+        "clip_g": text.clip_g,
+        "t5": text.t5,
+    }
+    return {name: net for name, net in parts.items() if net is not None}
+
+
+def assert_same_weights(found: Components, expected: Components) -> None:
+    assert nets(found).keys() == nets(expected).keys()
+    for name, net in nets(expected).items():
+        state = nets(found)[name].state_dict()
+        for key, tensor in net.state_dict().items():
+            assert torch.equal(state[key], tensor), f"{name} {key}"

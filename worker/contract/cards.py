@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from model.params import Sampler
@@ -54,7 +54,12 @@ class ModelCard:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """The card of its JSON."""
+        """The card of its JSON; what a newer worker adds to it is passed over."""
         data: dict[str, Any] = json.loads(text)
-        defaults, limits = Defaults(**data.pop("defaults")), Limits(**data.pop("limits"))
-        return cls(defaults=defaults, limits=limits, **data)
+        defaults, limits = _known(Defaults, data.pop("defaults")), _known(Limits, data.pop("limits"))
+        return cls(defaults=Defaults(**defaults), limits=Limits(**limits), **_known(cls, data))
+
+
+def _known(kind: type[Any], data: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in data.items() if name in names}

@@ -12,6 +12,7 @@ from redis.exceptions import RedisError
 
 ENDED = "darkroom:ended"
 RECONNECT_S = 0.5
+LISTEN_S = 30.0
 
 
 class EndedJobs:
@@ -52,7 +53,7 @@ class EndedJobs:
                 async with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
                     await channel.subscribe(ENDED)
                     while True:
-                        message = await channel.get_message(timeout=None)
+                        message = await channel.get_message(timeout=LISTEN_S)
                         if message is not None:
                             self._wake(message["data"].decode())
             except (RedisError, OSError):

@@ -33,7 +33,11 @@ RECHECK_S = 2.0
 RETRY_AFTER_S = 10
 """What a client turned away by a full queue is told to wait."""
 
-EXPIRE_AT_MOST = 1000
+EXPIRE_AT_MOST = 200
+
+MAX_CONNECTIONS = 64
+CONNECTION_WAIT_S = 2.0
+"""A burst of requests waits so long for a connection; the client's plain pool would fail at once."""
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -52,8 +56,14 @@ class JobQueue:
     @classmethod
     def connect(cls, settings: ContractSettings) -> Self:
         """A queue on the Redis of the settings; nothing is sent yet."""
-        client = redis.asyncio.Redis.from_url(str(settings.redis_url), retry=retry_once_async(), **link_options())
-        return cls(client, settings)
+        pool = redis.asyncio.BlockingConnectionPool.from_url(
+            str(settings.redis_url),
+            max_connections=MAX_CONNECTIONS,
+            timeout=CONNECTION_WAIT_S,
+            retry=retry_once_async(),
+            **link_options(),
+        )
+        return cls(redis.asyncio.Redis.from_pool(pool), settings)
 
     async def close(self) -> None:
         """Stops listening and closes all connections."""

@@ -18,6 +18,8 @@ from worker.contract.job import OutputFormat
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _MAX_KEY = 512
 _TEMPORARY = ".tmp-"
+_MODE = 0o640
+"""The gateway may be another user of the worker's group."""
 
 
 def picture_key(job_id: str, execution: str, n: int, format: OutputFormat) -> str:
@@ -64,6 +66,7 @@ class FolderStore:
                 with os.fdopen(handle, "wb") as file:
                     file.write(data)
                     file.flush()
+                    os.fchmod(file.fileno(), _MODE)
                     os.fsync(file.fileno())
                 os.replace(temporary, path)
             except BaseException:

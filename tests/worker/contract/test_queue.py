@@ -324,6 +324,13 @@ async def test_job_canceled_with_tools_of_rq_is_seen_as_canceled(queue, make_job
     assert (await queue.view(job.id)).status == "canceled"
 
 
+async def test_burst_of_calls_is_answered_whole(queue, make_job):
+    jobs = [make_job() for _ in range(150)]
+    await asyncio.gather(*[queue.submit(job) for job in jobs])
+    views = await asyncio.gather(*[queue.view(job.id) for job in jobs * 2])
+    assert {view.status for view in views} == {"queued"}
+
+
 async def every_method(queue, job):
     yield queue.ping()
     yield queue.submit(job)

@@ -9,7 +9,7 @@ if (status == 'queued' or status == 'started') and not end_if_late(id, status, m
     end_job(id, 'canceled', CANCELED)
   else
     redis.call('HSET', job_key(id), 'cancel_requested', 1)
-    redis.call('PUBLISH', 'darkroom:stop:' .. (redis.call('HGET', job_key(id), 'worker_name') or ''), id)
+    ask_to_stop(id)
   end
 end
 return record(id)

@@ -114,13 +114,17 @@ local function end_job(id, status, ending)
   event(id, status == 'finished' and 'succeeded' or status, ending.outcome)
   set_lifetime(id, lifetime)
   redis.call('PUBLISH', 'darkroom:ended', id)
-  if worker then redis.call('PUBLISH', 'darkroom:stop:' .. worker, id) end
+end
+
+local function ask_to_stop(id)
+  redis.call('PUBLISH', 'darkroom:stop:' .. (redis.call('HGET', job_key(id), 'worker_name') or ''), id)
 end
 
 -- Ends the job as failed if it is past its deadline; true if it did.
 local function end_if_late(id, status, meta)
   if tonumber(meta.deadline) > NOW then return false end
   end_job(id, 'failed', status == 'queued' and LATE_QUEUED or LATE_STARTED)
+  if status == 'started' then ask_to_stop(id) end
   return true
 end
 

@@ -1,0 +1,201 @@
+"""Probes and metrics, with Redis and the store there and away."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from prometheus_client.parser import text_string_to_metric_families
+
+from app.main import create_app
+from app.settings import GatewaySettings
+from tests.app.conftest import client_of
+from tests.app.fake_worker import FakeWorker
+
+ASKED = {"model": "tiny", "prompt": "a red circle"}
+
+
+@pytest.fixture
+async def cut_off(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a gateway whose Redis is not there."""
+    settings = GatewaySettings(redis_url="redis://127.0.0.1:1/0", store_dir=tmp_path)  # type: ignore[arg-type]
+    app = create_app(settings)
+    async with app.router.lifespan_context(app), client_of(app) as client:
+        yield client
+
+
+async def samples(client: httpx.AsyncClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    answer = await client.get("/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    families = text_string_to_metric_families(answer.text)
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+
+
+def named(found: dict[Any, float], name: str, **labels: str) -> float | None:
+    return found.get((name, tuple(sorted(labels.items()))))
+
+
+async def test_healthz_answers_though_redis_is_away(cut_off: httpx.AsyncClient) -> None:
+    answer = await cut_off.get("/healthz")
+    assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+
+
+async def test_readyz_is_ready_without_workers(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/readyz")
+    expected = {"status": "ready", "draining": False, "redis": "ok", "store": "ok", "workers": {}}
+    assert (answer.status_code, answer.json()) == (200, expected)
+
+
+async def test_readyz_tells_live_workers(served: httpx.AsyncClient) -> None:
+    assert (await served.get("/readyz")).json()["workers"] == {"sd3.5-large": 1, "sd3.5-large-turbo": 1, "tiny": 1}
+
+
+async def test_readyz_is_503_without_redis(cut_off: httpx.AsyncClient) -> None:
+    answer = await cut_off.get("/readyz")
+    assert answer.status_code == 503
+    assert answer.json() == {
+        "status": "not_ready",
+        "draining": False,
+        "redis": "not reachable",
+        "store": "ok",
+        "workers": {},
+    }
+
+
+async def test_readyz_is_503_without_store(settings: GatewaySettings, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    blocked = GatewaySettings(**settings.model_dump() | {"store_dir": tmp_path / "file" / "pictures"})
+    app = create_app(blocked)
+    async with app.router.lifespan_context(app), client_of(app) as client:
+        answer = await client.get("/readyz")
+    assert answer.status_code == 503
+    assert answer.json()["redis"] == "ok"
+    assert "not reachable" in answer.json()["store"]
+
+
+async def test_readyz_is_503_while_draining(client: httpx.AsyncClient, app: FastAPI) -> None:
+    app.state.gateway.draining.set()
+    answer = await client.get("/readyz")
+    assert (answer.status_code, answer.json()["draining"]) == (503, True)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/generations"),
+        ("GET", "/v1/generations/gen_" + "0" * 31),
+        ("GET", "/v1/generations/gen_" + "0" * 31 + "/images/0"),
+        ("POST", "/v1/generations/gen_" + "0" * 31 + "/cancel"),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models/tiny"),
+    ],
+)
+async def test_without_redis_every_route_is_a_503_with_retry_after(
+    cut_off: httpx.AsyncClient, method: str, path: str
+) -> None:
+    answer = await cut_off.request(method, path, json=ASKED if path == "/v1/generations" else None)
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "2"
+    assert answer.json()["error"]["code"] == "queue_unavailable"
+
+
+async def test_silent_redis_hangs_nothing(own_valkey: Any, tmp_path: Path) -> None:
+    settings = GatewaySettings(redis_url=own_valkey.url, store_dir=tmp_path)
+    app = create_app(settings)
+    async with app.router.lifespan_context(app), client_of(app) as client:
+        assert (await client.get("/readyz")).status_code == 200
+        own_valkey.pause()
+        try:
+            async with asyncio.timeout(10):
+                created, ready, metrics = await asyncio.gather(
+                    client.post("/v1/generations", json=ASKED), client.get("/readyz"), client.get("/metrics")
+                )
+        finally:
+            own_valkey.resume()
+    assert (created.status_code, ready.status_code, metrics.status_code) == (503, 503, 200)
+    assert "darkroom_queue_up 0.0" in metrics.text
+
+
+async def test_metrics_count_requests_by_route_method_and_status(client: httpx.AsyncClient) -> None:
+    await client.get("/v1/generations/gen_1")
+    await client.get("/v1/generations/gen_2")
+    await client.get("/nowhere/at/all")
+    await client.request("BREW", "/healthz")
+    found = await samples(client)
+    route = "/v1/generations/{id}"
+    assert named(found, "darkroom_requests_total", route=route, method="GET", status="404") == 2
+    assert named(found, "darkroom_requests_total", route="unmatched", method="GET", status="404") == 1
+    assert named(found, "darkroom_requests_total", route="/healthz", method="other", status="405") == 1
+    assert named(found, "darkroom_request_seconds_count", route=route, method="GET") == 2
+
+
+async def test_metrics_count_generations_by_outcome(served: httpx.AsyncClient) -> None:
+    await served.post("/v1/generations", json=ASKED)
+    await served.post("/v1/generations", json=ASKED | {"steps": 11})
+    await served.post("/v1/generations", json=ASKED | {"steps": "x"})
+    await served.post("/v1/generations", json=ASKED | {"model": "made-up"})
+    found, name = await samples(served), "darkroom_generations_total"
+    assert named(found, name, model="tiny", outcome="accepted", reason="") == 1
+    assert named(found, name, model="tiny", outcome="rejected", reason="invalid_field") == 1
+    assert named(found, name, model="unknown", outcome="rejected", reason="invalid_field") == 1
+    assert named(found, name, model="unknown", outcome="rejected", reason="unknown_model") == 1
+
+
+async def test_metrics_show_the_queue_and_the_workers(served: httpx.AsyncClient, worker: FakeWorker) -> None:
+    worker.stop()
+    for priority in ("low", "low", "high"):
+        await served.post("/v1/generations", json=ASKED | {"priority": priority})
+    found = await samples(served)
+    assert named(found, "darkroom_queue_up") == 1
+    assert named(found, "darkroom_queue_depth", model="tiny", priority="low") == 2
+    assert named(found, "darkroom_queue_depth", model="tiny", priority="high") == 1
+    assert named(found, "darkroom_queue_depth", model="tiny", priority="normal") == 0
+    assert named(found, "darkroom_model_workers", model="tiny") == 0
+
+
+async def test_metrics_without_redis_have_all_but_the_queue(cut_off: httpx.AsyncClient) -> None:
+    found = await samples(cut_off)
+    assert named(found, "darkroom_queue_up") == 0
+    assert not [name for name, _ in found if name.startswith(("darkroom_queue_depth", "darkroom_model"))]
+
+
+async def test_two_gateways_of_one_process_count_apart(settings: GatewaySettings, client: httpx.AsyncClient) -> None:
+    await client.get("/healthz")
+    app = create_app(settings)
+    async with app.router.lifespan_context(app), client_of(app) as other:
+        assert (
+            named(await samples(other), "darkroom_requests_total", route="/healthz", method="GET", status="200") is None
+        )
+
+
+async def test_log_has_a_line_for_each_request_and_no_prompt(served: httpx.AsyncClient, log_lines: io.StringIO) -> None:
+    answer = await served.post(
+        "/v1/generations", json=ASKED | {"prompt": "my secret wish"}, headers={"x-request-id": "r-1"}
+    )
+    await served.get("/healthz")
+    await served.post("/v1/generations", json=ASKED | {"prompt": "my secret wish", "steps": 0})
+    lines = [json.loads(line) for line in log_lines.getvalue().splitlines()]
+    assert [line["status"] for line in lines] == [202, 422]
+    assert lines[0]["request_id"] == "r-1"
+    assert lines[0]["generation"] == answer.json()["id"]
+    assert lines[1]["error_code"] == "invalid_field"
+    assert "secret" not in log_lines.getvalue()
+
+
+@pytest.mark.parametrize("asked", ["abc-1.2:3_X", "a" * 128])
+async def test_request_id_of_the_client_is_kept(client: httpx.AsyncClient, asked: str) -> None:
+    assert (await client.get("/healthz", headers={"x-request-id": asked})).headers["x-request-id"] == asked
+
+
+@pytest.mark.parametrize("asked", ["", "a b", "a" * 129, "<script>", "é"])
+async def test_request_id_that_is_not_sane_is_replaced(client: httpx.AsyncClient, asked: str) -> None:
+    answer = await client.get("/healthz", headers={"x-request-id": asked.encode()})
+    assert answer.headers["x-request-id"].startswith("req_")

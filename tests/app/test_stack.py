@@ -1,0 +1,168 @@
+"""The stack starts, watches and stops its parts: a real Valkey, and stand-ins for gateway and worker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from app.embedded import EmbeddedValkey, connect
+from app.stack import Stack, StackFailed, StackSettings
+
+GATEWAY = """
+import http.server, json, os, redis
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        loaded = redis.Redis.from_url(os.environ["DARKROOM_REDIS_URL"]).exists("worker") == 1
+        body = json.dumps({"models": [{"name": "cold", "loaded": False}, {"name": "warm", "loaded": loaded}]}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+http.server.HTTPServer(("127.0.0.1", int(os.environ["DARKROOM_PORT"])), Handler).serve_forever()
+"""
+WORKER = """
+import os, redis, signal, sys, time
+def stop(*_):
+    redis.Redis.from_url(os.environ["DARKROOM_REDIS_URL"]).append("stopped", "in order")
+    sys.exit()
+signal.signal(signal.SIGTERM, stop)
+redis.Redis.from_url(os.environ["DARKROOM_REDIS_URL"]).set("worker", os.getpid())
+print("pictures in", os.environ["DARKROOM_STORE_DIR"], flush=True)
+time.sleep(600)
+"""
+COMMANDS = {"gateway": (sys.executable, "-c", GATEWAY), "worker": (sys.executable, "-c", WORKER)}
+
+
+class Reports(list[str]):
+    """What the stack said."""
+
+    def pid(self, name: str) -> int:
+        return int([line for line in self if line.startswith(f"{name} ")][-1].split()[1])
+
+    def said(self, text: str) -> bool:
+        return any(text in line for line in self)
+
+
+@pytest.fixture
+def reports() -> Reports:
+    return Reports()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> StackSettings:
+    return StackSettings(data_dir=tmp_path, port=0)
+
+
+def is_alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def soon(condition: Callable[[], object], then: Callable[[], object]) -> threading.Thread:
+    """Does `then` from the side, once `condition` holds."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 60
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        then()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_stack_is_ready_with_the_models_that_a_worker_holds(settings: StackSettings, reports: Reports) -> None:
+    with Stack(settings, reports.append, commands=COMMANDS) as stack:
+        assert stack.wait_ready() == ["warm"]
+    assert "pictures in" in (settings.data_dir / "logs" / "worker.log").read_text()
+
+
+def test_stack_stops_all_and_the_worker_before_its_valkey(settings: StackSettings, reports: Reports) -> None:
+    with Stack(settings, reports.append, commands=COMMANDS) as stack:
+        stack.wait_ready()
+        pids = [reports.pid("gateway"), reports.pid("worker")]
+        assert all(map(is_alive, pids))
+    assert not any(map(is_alive, pids))
+    again = EmbeddedValkey(settings.data_dir / "valkey", settings.data_dir / "again.log")
+    again.start()
+    with connect(again.url) as client:
+        assert client.get("stopped") == b"in order"
+    again.stop()
+
+
+def test_worker_that_does_not_stop_in_time_is_killed(tmp_path: Path, reports: Reports) -> None:
+    deaf = WORKER.replace("sys.exit()", "time.sleep(600)")
+    settings = StackSettings(data_dir=tmp_path, port=0, worker_grace_s=0.1)
+    with Stack(settings, reports.append, commands=COMMANDS | {"worker": (sys.executable, "-c", deaf)}) as stack:
+        stack.wait_ready()
+    assert reports.said("did not finish within 0.1 s")
+    assert not is_alive(reports.pid("worker"))
+
+
+def test_worker_that_dies_is_replaced(settings: StackSettings, reports: Reports) -> None:
+    with Stack(settings, reports.append, commands=COMMANDS) as stack:
+        stack.wait_ready()
+        first = reports.pid("worker")
+        os.kill(first, signal.SIGKILL)
+        gateway = reports.pid("gateway")
+        side = soon(lambda: reports.pid("worker") != first, lambda: os.kill(gateway, signal.SIGKILL))
+        with pytest.raises(StackFailed):
+            stack.supervise()
+        side.join()
+    assert reports.said("the worker was ended by SIGKILL")
+    assert reports.said("another worker starts in 1 s")
+
+
+@pytest.mark.parametrize("part", ["gateway", "embedded Valkey"])
+def test_death_of_a_part_that_cannot_be_replaced_ends_the_stack(
+    settings: StackSettings, reports: Reports, part: str
+) -> None:
+    with Stack(settings, reports.append, commands=COMMANDS) as stack:
+        stack.wait_ready()
+        pid = int(next(line for line in reports if line.startswith(part)).removeprefix(part).split()[0])
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(StackFailed, match=rf"the {part.split()[-1].lower()} was ended by SIGKILL unexpectedly"):
+            stack.supervise()
+
+
+def test_worker_that_cannot_start_ends_the_stack_with_its_last_words(settings: StackSettings, reports: Reports) -> None:
+    hopeless = {"worker": (sys.executable, "-c", "raise SystemExit('no such model')")}
+    with (
+        pytest.raises(StackFailed, match=r"(?s)worker ended with exit code 1 while starting.*no such model"),
+        Stack(settings, reports.append, commands=COMMANDS | hopeless) as stack,
+    ):
+        stack.wait_ready()
+    assert not is_alive(reports.pid("gateway"))
+
+
+def test_stack_alone_shares_nothing_with_a_configured_one(tmp_path: Path, reports: Reports) -> None:
+    settings = StackSettings(
+        data_dir=tmp_path / "own", port=0, redis_url="redis://127.0.0.1:9", store_dir=tmp_path / "shared"
+    )
+    with Stack(settings, reports.append, commands=COMMANDS, alone=True) as stack:
+        stack.wait_ready()
+    assert f"pictures in {tmp_path}/own/pictures" in (tmp_path / "own" / "logs" / "worker.log").read_text()
+
+
+def test_stack_uses_the_redis_that_is_configured(tmp_path: Path, reports: Reports, redis_url: str) -> None:
+    settings = StackSettings(data_dir=tmp_path, port=0, redis_url=redis_url)
+    with Stack(settings, reports.append, commands=COMMANDS) as stack:
+        stack.wait_ready()
+    assert not reports.said("embedded")
+    with connect(redis_url) as client:
+        assert client.get("stopped") == b"in order"
+
+
+def test_last_log_is_kept_over_a_restart(settings: StackSettings, reports: Reports) -> None:
+    for _ in range(2):
+        with Stack(settings, reports.append, commands=COMMANDS) as stack:
+            stack.wait_ready()
+    logs = {path.name for path in (settings.data_dir / "logs").iterdir()}
+    assert {"worker.log", "worker.log.1", "gateway.log", "valkey.log.1"} <= logs

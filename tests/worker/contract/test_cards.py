@@ -1,0 +1,25 @@
+"""Model cards as JSON."""
+
+import json
+
+from worker.contract.cards import Defaults, Limits, ModelCard
+
+CARD = ModelCard(
+    name="demo",
+    description="small",
+    variant="other",
+    revision="r1",
+    parameters=7,
+    defaults=Defaults(steps=20, guidance_scale=4.0),
+    limits=Limits(max_side=1536),
+)
+
+
+def test_a_card_survives_its_json() -> None:
+    assert ModelCard.from_json(CARD.to_json()) == CARD
+
+
+def test_what_a_newer_worker_adds_is_passed_over() -> None:
+    data = json.loads(CARD.to_json()) | {"loras": ["x"]}
+    data["limits"]["max_loras"] = 3
+    assert ModelCard.from_json(json.dumps(data)) == CARD
