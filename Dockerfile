@@ -8,8 +8,6 @@
 # PIP_EXTRA_INDEX_URL and worker-cpu is gigabytes smaller. PIP_FIND_LINKS names a folder of wheels.
 
 FROM python:3.11-slim AS build
-ARG PIP_EXTRA_INDEX_URL
-ARG PIP_FIND_LINKS
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PATH=/opt/darkroom/bin:$PATH
 RUN python -m venv /opt/darkroom
 WORKDIR /src
@@ -17,6 +15,8 @@ COPY pyproject.toml constraints.txt deploy/requirements.py ./
 
 # Dependencies come before the code: a change of the code does not install them again.
 FROM build AS build-gateway
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
 RUN python requirements.py gateway > gateway.txt && pip install --no-cache-dir -c constraints.txt -r gateway.txt
 COPY README.md LICENSE ./
 COPY app app
@@ -27,12 +27,15 @@ RUN rm -rf model/bundles \
     && pip uninstall --yes pip setuptools
 
 FROM build AS build-worker
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
 RUN python requirements.py worker > worker.txt && pip install --no-cache-dir -c constraints.txt -r worker.txt
 COPY README.md LICENSE ./
 COPY app app
 COPY worker worker
 COPY model model
-RUN pip install --no-cache-dir --no-deps . \
+RUN chmod -R a+rX model \
+    && pip install --no-cache-dir --no-deps . \
     && pip uninstall --yes pip setuptools
 
 FROM python:3.11-slim AS runtime

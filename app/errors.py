@@ -32,10 +32,10 @@ class Shown:
 
     def __init__(self, value: object) -> None:
         try:
-            text = value if isinstance(value, Shown) else json.dumps(value, ensure_ascii=False)
+            text = json.dumps(value, ensure_ascii=False)
         except (TypeError, ValueError, RecursionError):
             text = type(value).__name__
-        self._text = shortened(str(text))
+        self._text = shortened(text)
 
     def __repr__(self) -> str:
         return self._text

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 
-from app.errors import Shown
+from app.errors import Shown, shortened
 from app.schemas import GenerationCreate
 from model.params import GenerationParams, InvalidParams
 from worker.contract.cards import Limits, ModelCard
@@ -35,7 +35,7 @@ class Catalog:
         """The card of a model. UnknownModel, QueueUnavailable."""
         cards = await self.cards()
         if name not in cards:
-            raise UnknownModel(str(Shown(name)).strip('"'), list(cards))
+            raise UnknownModel(shortened(name), list(cards))
         return cards[name]
 
 

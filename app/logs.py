@@ -10,12 +10,14 @@ from structlog.typing import FilteringBoundLogger, Processor
 
 from app.settings import LogFormat
 
+_TIMESTAMP = structlog.processors.TimeStamper(fmt="iso", utc=True)
+
 
 def make_log(log_format: LogFormat, stream: TextIO | None = None) -> FilteringBoundLogger:
     """A logger that writes lines of JSON, or for people, to `stream` (standard error)."""
     log: FilteringBoundLogger = structlog.wrap_logger(
         structlog.WriteLogger(stream or sys.stderr),
-        processors=[structlog.processors.add_log_level, *_common(), _renderer(log_format)],
+        processors=[structlog.processors.add_log_level, _TIMESTAMP, *_rendered(log_format)],
         wrapper_class=structlog.make_filtering_bound_logger("info"),
     )
     return log
@@ -25,8 +27,8 @@ def uvicorn_log_config(log_format: LogFormat) -> dict[str, Any]:
     """The logging configuration under which uvicorn's own lines look like ours."""
     formatter = {
         "()": structlog.stdlib.ProcessorFormatter,
-        "foreign_pre_chain": [structlog.stdlib.add_log_level, *_common()],
-        "processors": [structlog.stdlib.ProcessorFormatter.remove_processors_meta, _renderer(log_format)],
+        "foreign_pre_chain": [structlog.stdlib.add_log_level, _TIMESTAMP],
+        "processors": [structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_rendered(log_format)],
     }
     return {
         "version": 1,
@@ -37,11 +39,8 @@ def uvicorn_log_config(log_format: LogFormat) -> dict[str, Any]:
     }
 
 
-def _common() -> list[Processor]:
-    return [structlog.processors.TimeStamper(fmt="iso", utc=True), structlog.processors.format_exc_info]
-
-
-def _renderer(log_format: LogFormat) -> Processor:
+def _rendered(log_format: LogFormat) -> list[Processor]:
     if log_format == "json":
-        return structlog.processors.JSONRenderer()
-    return structlog.dev.ConsoleRenderer(colors=False)
+        return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    # Plain: the pretty kind shows the variables of a traceback, prompts among them
+    return [structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)]

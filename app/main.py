@@ -137,23 +137,26 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         gateway.draining.set()
-        for chore in chores:
-            chore.cancel()
-        await asyncio.gather(*chores, return_exceptions=True)
+        await asyncio.gather(*chores)
         if app.state.owns_queue:
             await gateway.queue.close()
 
 
 async def _every(seconds: float, work: Callable[[Gateway], Awaitable[None]], gateway: Gateway) -> None:
-    """Does the work now and every so many seconds, whatever happens to it."""
-    while True:
+    """Does the work now and every so many seconds, whatever happens to it, until the gateway drains.
+
+    Not ended by cancelling: before Python 3.12 `asyncio.wait_for`, with which redis-py sends, may swallow that.
+    """
+    while not gateway.draining.is_set():
         try:
             await work(gateway)
         except DarkroomError as error:
             gateway.log.warning("chore_failed", chore=work.__name__, error=str(error))
         except Exception:
             gateway.log.exception("chore_failed", chore=work.__name__)
-        await asyncio.sleep(seconds)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await gateway.draining.wait()
 
 
 async def _sweep_pictures(gateway: Gateway) -> None:

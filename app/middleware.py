@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import secrets
 import time
@@ -22,7 +21,6 @@ CREATE_ROUTE = "/v1/generations"
 QUIET_ROUTES = frozenset({"/healthz", "/readyz", "/metrics"})
 CLIENT_GONE = 499
 DISCARD_BYTES = 1_048_576
-DISCARD_S = 1.0
 
 
 class RequestContext:
@@ -89,15 +87,19 @@ class BodyLimit:
         headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
         if "content-length" not in headers and "transfer-encoding" not in headers:
             return await self._app(scope, receive, send)
+        too_large, body = BodyTooLarge(self._max_bytes), bytearray()
+        if self._announced_too_large(headers):
+            return await _refuse(too_large, scope, receive, send)
         try:
             async with asyncio.timeout(self._timeout_s):
-                body = await self._read(headers, receive)
+                whole = await self._read(receive, body)
         except TimeoutError:
-            return await self._refuse(BodyTooSlow(self._timeout_s), scope, receive, send)
-        except BodyTooLarge as error:
-            return await self._refuse(error, scope, receive, send)
-        if body is None:
-            return None
+            error = too_large if len(body) > self._max_bytes else BodyTooSlow(self._timeout_s)
+            return await _refuse(error, scope, receive, send)
+        if not whole:
+            return None  # the client went away
+        if len(body) > self._max_bytes:
+            return await _refuse(too_large, scope, receive, send)
         unread = True
 
         async def replay() -> Message:
@@ -105,47 +107,41 @@ class BodyLimit:
             if not unread:
                 return await receive()
             unread = False
-            return {"type": "http.request", "body": body, "more_body": False}
+            return {"type": "http.request", "body": bytes(body), "more_body": False}
 
         return await self._app(scope, replay, send)
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The whole body; None if the client went away. BodyTooLarge."""
+    def _announced_too_large(self, headers: Headers) -> bool:
+        """Whether the client asks first if it may send a body that it may not."""
         declared = headers.get("content-length", "0")
-        if "expect" in headers and (len(declared) > 18 or int(declared) > self._max_bytes):
-            raise BodyTooLarge(self._max_bytes)  # a client that asks first need not send it
-        body, more = bytearray(), True
-        while more:
+        return "expect" in headers and (len(declared) > 18 or int(declared) > self._max_bytes)
+
+    async def _read(self, receive: Receive, body: bytearray) -> bool:
+        """Reads into `body` until it ends; False if the client went away.
+
+        Reads some way past the limit: a client that is still sending when the connection closes never sees the answer.
+        """
+        seen, more = 0, True
+        while more and seen <= self._max_bytes + DISCARD_BYTES:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
+                return False
+            chunk = message.get("body", b"")
+            seen += len(chunk)
+            if len(body) <= self._max_bytes:
+                body += chunk
             more = message.get("more_body", False)
-            if len(body) > self._max_bytes:
-                if more:
-                    await _discard(receive)
-                raise BodyTooLarge(self._max_bytes)
-        return bytes(body)
-
-    async def _refuse(self, error: DarkroomError, scope: Scope, receive: Receive, send: Send) -> None:
-        response = refusal(error, scope)
-        response.headers["connection"] = "close"  # what follows on this connection is the rest of the body
-        await response(scope, receive, send)
+        return True
 
 
-async def _discard(receive: Receive) -> None:
-    """Reads on, within bounds: a client that is still sending when the connection closes never sees the answer."""
-    seen, more = 0, True
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(DISCARD_S):
-            while more and seen < DISCARD_BYTES:
-                message = await receive()
-                seen += len(message.get("body", b""))
-                more = message.get("more_body", False)
+async def _refuse(error: DarkroomError, scope: Scope, receive: Receive, send: Send) -> None:
+    response = refusal(error, scope)
+    response.headers["connection"] = "close"  # what follows on this connection is the rest of the body
+    await response(scope, receive, send)
 
 
 def _route(scope: Scope) -> str:
     """The template of the route that served; bounded, unlike paths."""
     if "endpoint" not in scope:
         return "unmatched"
-    return getattr(scope.get("route"), "path", scope["path"])  # a plain route has no parameters
+    return str(getattr(scope.get("route"), "path", scope["path"]))  # a plain route has no parameters

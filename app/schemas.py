@@ -187,7 +187,7 @@ class Generation(BaseModel):
     ended_at: datetime | None
     deadline: datetime = Field(description="The job fails if it has not ended by then.")
     expires_at: datetime | None = Field(description="When the pictures are deleted; they answer 410 from then on.")
-    queue_position: int | None = Field(description="Jobs ahead in the same queue, 0 = next; only while queued.")
+    queue_position: int | None = Field(description="Jobs of the same model that go first, 0 = next; only while queued.")
     progress: GenerationProgress | None
     cancel_requested: bool = Field(description="Cancelled while running: it ends at its next step.")
     params: Params

@@ -134,6 +134,8 @@ class _Config:
 
 def mmdit_json(config: MMDiTConfig, sample_size: int = 128) -> Json:
     """The contents of transformer/config.json; `sample_size` is the usual side, in latents."""
+    if config.mlp_ratio != 4:
+        raise ValueError(f"mlp_ratio is {config.mlp_ratio}; diffusers knows only 4")
     return {
         "_class_name": "SD3Transformer2DModel",
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -255,25 +257,35 @@ class _Shards:
 
     def write(self, folder: Path, stem: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        shards: list[dict[str, Tensor]] = [{}]
-        size = total = 0
-        for name, tensor in tensors:
-            stored = tensor.detach().to("cpu", self.dtype, copy=True).contiguous()  # rows of qkv share storage
-            if shards[-1] and size + stored.nbytes > self.max_bytes - _header_room(shards[-1]):
-                shards.append({})
-                size = 0
-            shards[-1][name] = stored
-            size, total = size + stored.nbytes, total + stored.nbytes
-        names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        if len(shards) == 1:
-            names = [f"{stem}.safetensors"]
-        for name, shard in zip(names, shards, strict=True):
-            save_file(shard, folder / name, metadata={"format": "pt"})
-            (folder / name).chmod(0o644)  # save_file leaves it to the owner alone
-        if len(shards) > 1:
-            weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        parts: list[tuple[Path, list[str]]] = []
+        total = 0
+        for shard in self._filled(tensors):
+            part = folder / f"{stem}.part{len(parts)}"
+            save_file(shard, part, metadata={"format": "pt"})
+            part.chmod(0o644)  # save_file leaves it to the owner alone
+            parts.append((part, list(shard)))
+            total += sum(tensor.nbytes for tensor in shard.values())
+        weight_map: dict[str, str] = {}
+        for i, (part, keys) in enumerate(parts):
+            name = f"{stem}-{i + 1:05}-of-{len(parts):05}.safetensors" if len(parts) > 1 else f"{stem}.safetensors"
+            part.rename(folder / name)
+            weight_map |= dict.fromkeys(keys, name)
+        if len(parts) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             _write_json(folder / f"{stem}.safetensors.index.json", index)
+
+    def _filled(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """Shards on the CPU, one at a time."""
+        shard: dict[str, Tensor] = {}
+        size = 0
+        for name, tensor in tensors:
+            stored = tensor.detach().to("cpu", self.dtype, copy=True).contiguous()  # rows of qkv share storage
+            if shard and size + stored.nbytes > self.max_bytes - _header_room(shard):
+                yield shard
+                shard, size = {}, 0
+            shard[name] = stored
+            size += stored.nbytes
+        yield shard
 
 
 def _header_room(shard: Mapping[str, Tensor]) -> int:

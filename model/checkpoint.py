@@ -6,16 +6,16 @@ Two layouts, told apart by what is there:
 - Stability's: a single file (or a folder with one), with clip_l, clip_g and t5xxl files beside it, in text_encoders/ or
   inside it, and the tokenizers' folders beside it.
 
-What is wrong with the files is a CheckpointError. Names and shapes are checked before any weights are read.
+What is wrong with the files is a CheckpointError. All names and shapes are checked before any weights are read.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -83,18 +83,20 @@ def load_components(
     name = variant_of(sources.mmdit_config, variant)
     _check_widths(sources)
     tokens = _tokenizers(tokenizers or sources.tokenizers, with_t5=sources.t5 is not None)
-    loader = _Loader(torch.device(device), dtype, sources.original)
-    mmdit = loader.net(lambda: MMDiT(sources.mmdit_config), sources.mmdit, mmdit_rules(sources.mmdit_config))
-    vae = loader.net(lambda: VAE(sources.vae_config), sources.vae, vae_rules(sources.vae_config))
-    clip_l = loader.clip(lambda: CLIPTextModelWithProjection(sources.clip_l_config), sources.clip_l, bare=True)
-    clip_g = loader.clip(lambda: CLIPTextModelWithProjection(sources.clip_g_config), sources.clip_g)
+    layout = original if sources.original else tuple
+    mmdit = _plan(lambda: MMDiT(sources.mmdit_config), sources.mmdit, layout(mmdit_rules(sources.mmdit_config)))
+    vae = _plan(lambda: VAE(sources.vae_config), sources.vae, layout(vae_rules(sources.vae_config)))
+    clip_l = _plan(lambda: CLIPTextModelWithProjection(sources.clip_l_config), sources.clip_l, clip_name, PROJECTION)
+    clip_g = _plan(lambda: CLIPTextModelWithProjection(sources.clip_g_config), sources.clip_g, clip_name)
     t5 = None
     if sources.t5 is not None and (t5_config := sources.t5_config) is not None:
-        t5 = loader.t5(lambda: T5EncoderModel(t5_config), sources.t5)
+        t5 = _plan(lambda: T5EncoderModel(t5_config), sources.t5, t5_name)
+    to = (torch.device(device), dtype)
+    encoders = clip_l.filled(*to), clip_g.filled(*to), t5.filled(*to) if t5 else None
     return Components(
-        mmdit=mmdit,
-        vae=vae,
-        text=TextEncoders(clip_l, clip_g, t5, tokens, sources.mmdit_config.context_dim),
+        mmdit=mmdit.filled(*to),
+        vae=vae.filled(*to),
+        text=TextEncoders(*encoders, tokens, sources.mmdit_config.context_dim),
         mmdit_config=sources.mmdit_config,
         vae_config=sources.vae_config,
         variant=name,
@@ -114,67 +116,66 @@ def variant_of(config: MMDiTConfig, said: str | None = None) -> str:
     return said
 
 
-class _Loader:
-    """Fills nets that were built without memory, tensor by tensor, on the device."""
+@dataclass(frozen=True)
+class _Plan(Generic[N]):
+    """A net built without memory, whose names and shapes agree with its files."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, originals: bool) -> None:
-        self.device, self.dtype, self.originals = device, dtype, originals
+    net: N
+    weights: Weights
+    rules: tuple[Rule, ...]
+    identity: str | None  # a square tensor that the files may lack and lack
 
-    def net(self, build: Callable[[], N], weights: Weights, rules: tuple[Rule, ...]) -> N:
-        """Ours: each tensor is gathered from its sources."""
-        net = _on_meta(build, weights)
-        shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-        if self.originals:
-            rules = original(rules)
-        weights.expect({source: r.source_shape(shapes[r.name]) for r in rules for source in r.sources})
-        state = {rule.name: rule.gather([self._read(weights, s) for s in rule.sources]) for rule in rules}
-        return _assigned(net, state)
+    def filled(self, device: torch.device, dtype: torch.dtype) -> N:
+        """The net with its weights on the device, ready to run."""
+        parameters = {name for name, _ in self.net.named_parameters(remove_duplicate=False)}
+        read: dict[tuple[str, ...], Tensor] = {}  # by source: T5's embedding has two names and stays one tensor
+        for rule in self.rules:
+            if rule.sources not in read:
+                tensor = rule.gather([self._read(source, device, dtype) for source in rule.sources])
+                read[rule.sources] = nn.Parameter(tensor, requires_grad=False) if rule.name in parameters else tensor
+        state = {rule.name: read[rule.sources] for rule in self.rules}
+        if self.identity is not None:
+            width = self.net.get_parameter(self.identity).shape[0]
+            state[self.identity] = torch.eye(width, dtype=dtype, device=device)
+        self.net.load_state_dict(state, strict=True, assign=True)
+        _fill_position_ids(self.net, device)
+        unfilled = [name for name, t in (*self.net.named_parameters(), *self.net.named_buffers()) if t.is_meta]
+        if unfilled:
+            raise CheckpointError(f"tensor {unfilled[0]} of {type(self.net).__name__} has no source")
+        return self.net.requires_grad_(False).eval()
 
-    def clip(self, build: Callable[[], N], weights: Weights, bare: bool = False) -> N:
-        """A CLIP text tower; `bare`: one whose file may lack the projection, which is then the identity."""
-        given = {}
-        if bare and PROJECTION not in weights.entries:
-            width = weights.shapes.get("final_layer_norm.bias", (0,))[0]
-            given[PROJECTION] = torch.eye(width, dtype=self.dtype, device=self.device)
-        return self._text(_on_meta(build, weights), weights, clip_name, given)
-
-    def t5(self, build: Callable[[], N], weights: Weights) -> N:
-        """A T5 encoder."""
-        return self._text(_on_meta(build, weights), weights, t5_name, {})
-
-    def _text(self, net: N, weights: Weights, rename: Callable[[str], str], given: Mapping[str, Tensor]) -> N:
-        shapes = {rename(name): tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-        weights.expect({name: shape for name, shape in shapes.items() if name not in given})
-        read = {name: given[name] if name in given else self._read(weights, name) for name in shapes}
-        # One Parameter for both names of T5's embedding keeps them one tensor.
-        parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in read.items()}
-        return _assigned(net, {name: parameters[rename(name)] for name in net.state_dict()})
-
-    def _read(self, weights: Weights, name: str) -> Tensor:
-        overflows = self.dtype == torch.float16 and name.endswith("DenseReluDense.wo.weight")
-        return weights.read(name, self.device, torch.float32 if overflows else self.dtype)
+    def _read(self, source: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        overflows = dtype == torch.float16 and source.endswith("DenseReluDense.wo.weight")
+        return self.weights.read(source, device, torch.float32 if overflows else dtype)
 
 
-def _on_meta(build: Callable[[], N], weights: Weights) -> N:
+def _plan(
+    build: Callable[[], N],
+    weights: Weights,
+    rules: Sequence[Rule] | Callable[[str], str],
+    identity: str | None = None,
+) -> _Plan[N]:
+    """Check a net's files against it. `rules` are a table, or a function from our names to the files'."""
     try:
         with torch.device("meta"):
-            return build()
+            net = build()
     except Exception as error:  # configs that no net can have; torch and transformers complain in many types
         raise CheckpointError(f"{weights.where}: no such network can be built: {error}") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    table = [Rule(name, (rules(name),)) for name in shapes] if callable(rules) else rules
+    square = identity is not None and len(set(shapes[identity])) == 1
+    lacked = identity if square and identity not in weights.entries else None
+    table = tuple(rule for rule in table if rule.name != lacked)
+    weights.expect({source: rule.source_shape(shapes[rule.name]) for rule in table for source in rule.sources})
+    return _Plan(net, weights, table, lacked)
 
 
-def _assigned(net: N, state: Mapping[str, Tensor]) -> N:
-    """The net with these tensors as its own, ready to run."""
-    net.load_state_dict(state, strict=True, assign=True)
-    for name, buffer in net.named_buffers():
-        if buffer.is_meta and name.endswith("position_ids"):  # in no file: CLIP of some versions of transformers
-            device = next(iter(state.values())).device
+def _fill_position_ids(net: nn.Module, device: torch.device) -> None:
+    """CLIP's positions are in no file."""
+    for name, buffer in list(net.named_buffers()):
+        if buffer.is_meta and name.endswith("position_ids"):
             owner = net.get_submodule(name.rpartition(".")[0])
             owner.position_ids = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
-    unfilled = [name for name, t in (*net.named_parameters(), *net.named_buffers()) if t.is_meta]
-    if unfilled:
-        raise CheckpointError(f"tensor {unfilled[0]} of {type(net).__name__} has no source")
-    return net.requires_grad_(False).eval()
 
 
 def _check_widths(sources: Sources) -> None:

@@ -74,9 +74,8 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             if size < 8 or not 2 <= length <= min(HEADER_LIMIT, size - 8):
                 raise CheckpointError(f"{path} is not a safetensors file, or it is cut short: {size} bytes")
             header = json.loads(file.read(length))
-            needed = (
-                8 + length + max((e["data_offsets"][1] for k, e in header.items() if k != "__metadata__"), default=0)
-            )
+            ends = [_end(entry) for name, entry in header.items() if name != "__metadata__"]
+            needed = 8 + length + max(ends, default=0)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -84,6 +83,13 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     if size != needed:
         raise CheckpointError(f"{path} is truncated or corrupt: {size} bytes, expected {needed}")
     return header, 8 + length
+
+
+def _end(entry: dict[str, Any]) -> int:
+    """Where a tensor's data ends, of a header entry with all that is read from it later."""
+    if not (isinstance(entry["dtype"], str) and all(type(side) is int for side in entry["shape"])):
+        raise TypeError(entry)
+    return int(entry["data_offsets"][1])
 
 
 def _quantized_layers(path: Path, metadata: Mapping[str, str]) -> frozenset[str]:

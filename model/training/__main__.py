@@ -1,4 +1,4 @@
-"""python -m model.training vae | flow | export | sheet"""
+"""The command line: python -m model.training vae, flow, export or sheet."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         commands = {"vae": _vae, "flow": _flow, "export": _export, "sheet": _sheet}
         commands[options.command](options, device)
-    except (FileNotFoundError, FloatingPointError) as error:
+    except (FileNotFoundError, FileExistsError, FloatingPointError, ValueError) as error:
         print(f"model.training {options.command}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m model.training", description="Train the demo bundle from drawings.")
+    parser = argparse.ArgumentParser(prog="python -m model.training", description="Train the demo from drawings.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     commands = parser.add_subparsers(dest="command", required=True)
     vae = commands.add_parser("vae", help="train the autoencoder on drawings")
     flow = commands.add_parser("flow", help="train the MMDiT and the text encoders by flow matching")
     for command in (vae, flow):
-        command.add_argument("--out", type=Path, required=True, help="folder for the weights, the sheets and training.json")
-        command.add_argument("--minutes", type=float, required=True, help="length of this leg, imports and compiling included")
+        command.add_argument("--out", type=Path, required=True, help="folder for weights, sheets and training.json")
+        command.add_argument("--minutes", type=float, required=True, help="length of this leg, compiling included")
         command.add_argument("--resume", type=Path, help="the folder of an earlier leg")
-        command.add_argument("--begin", type=float, default=0.0, help="where in the whole schedule this leg begins, 0 to 1")
-        command.add_argument("--end", type=float, default=1.0, help="where it ends, 0 to 1")
+        command.add_argument("--begin", type=float, default=0.0, help="where in the schedule this leg begins")
+        command.add_argument("--end", type=float, default=1.0, help="where it ends, at most 1")
         command.add_argument("--seed", type=int, default=1)
         command.add_argument("--peak", type=float, help="the highest learning rate")
         command.add_argument("--no-compile", dest="compiled", action="store_false", help="run without torch.compile")
@@ -77,10 +77,10 @@ def _flow(options: argparse.Namespace, device: torch.device) -> None:
     train_flow(FlowTraining(**_given(options, *_LEG, "vae")), device)  # type: ignore[arg-type]
 
 
-def _export(options: argparse.Namespace, device: torch.device) -> None:
+def _export(options: argparse.Namespace, _: torch.device) -> None:
     from model.training.bundle import export_bundle
 
-    export_bundle(options.vae, options.flow, options.out)
+    print(f"{options.out}: {export_bundle(options.vae, options.flow, options.out):,} bytes")
 
 
 def _sheet(options: argparse.Namespace, device: torch.device) -> None:

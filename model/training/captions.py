@@ -1,4 +1,4 @@
-"""What a scene is called: a small grammar with synonyms and free order. Whatever a caption says is true of its scene."""
+"""What a scene is called: a small grammar with synonyms and free order. What a caption says is true of its scene."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ COLOUR_WORDS: dict[str, tuple[str, ...]] = {
     "grey": ("grey", "gray"),
     "teal": ("teal", "teal", "turquoise"),
 }
-SIZE_WORDS: dict[str, tuple[str, ...]] = {"small": ("small", "small", "little", "tiny"), "large": ("large", "big", "huge")}
+SIZE_WORDS: dict[str, tuple[str, ...]] = {
+    "small": ("small", "small", "little", "tiny"),
+    "large": ("large", "big", "huge"),
+}
 PLACES: dict[str, tuple[str, ...]] = {
     "centre": ("in the centre", "in the middle", "in the center", "at the centre"),
     "left": ("on the left", "on the left side", "at the left"),
@@ -42,19 +45,29 @@ RELATIONS: dict[str, tuple[str, ...]] = {
 }
 LANDSCAPE_WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # after the things, and before them
     "night": (
-        ("in the night sky", "at night", "in a starry sky", "on a night sky", "in front of a starry night sky", "under the stars"),
+        ("in the night sky", "at night", "in a starry sky", "on a night sky", "in front of a starry night sky",
+         "under the stars"),
         ("night sky", "a starry night", "a dark sky full of stars", "night"),
     ),
     "sea": (
-        ("in front of the sea", "at the sea", "by the sea", "with the sea behind", "in front of the ocean", "with waves"),
+        ("in front of the sea", "at the sea", "by the sea", "with the sea behind", "in front of the ocean",
+         "with waves"),
         ("the sea", "sea", "blue sea under a clear sky", "the ocean"),
     ),
     "meadow": (
-        ("in front of a meadow", "with green hills", "in a meadow", "with a green meadow behind", "in a green landscape"),
+        ("in front of a meadow", "with green hills", "in a meadow", "with a green meadow behind",
+         "in a green landscape"),
         ("a meadow", "green hills", "a green meadow under a blue sky", "meadow"),
     ),
 }  # fmt: skip
-OPENINGS = ("a picture of ", "a drawing of ", "an illustration of ", "an image of ", "a flat illustration of ", "there is ")
+OPENINGS = (
+    "a picture of ",
+    "a drawing of ",
+    "an illustration of ",
+    "an image of ",
+    "a flat illustration of ",
+    "there is ",
+)
 
 
 def caption(scene: Scene, rng: Random) -> str:
@@ -100,7 +113,7 @@ def _finished(text: str, rng: Random) -> str:
 
 
 def _noun(thing: Thing, rng: Random, *, sized: bool = True, article: bool = True) -> str:
-    """"a small red star", with its size half the time when it has a word, and nearly always its colour."""
+    """Such as: a small red star. Often with its size, where there is a word for that; nearly always with its colour."""
     words = []
     if sized and thing.size in SIZE_WORDS and rng.random() < 0.6:
         words.append(rng.choice(SIZE_WORDS[thing.size]))
@@ -153,8 +166,8 @@ def _three(scene: Scene, rng: Random) -> str:
         return f"{names[0]} on the left, {names[1]} in the middle and {names[2]} on the right"
     if scene.layout == "column" and rng.random() < 0.5:
         return f"{names[0]} at the top, {names[1]} in the middle and {names[2]} at the bottom"
-    line = {"row": ("from left to right", "in a row"), "column": ("from top to bottom", "one above the other")}[scene.layout]
-    return f"{_listed(names)} {rng.choice(line)}"
+    lines = {"row": ("from left to right", "in a row"), "column": ("from top to bottom", "one above the other")}
+    return f"{_listed(names)} {rng.choice(lines[scene.layout])}"
 
 
 def _listed(names: list[str]) -> str:
@@ -179,7 +192,7 @@ def _gradient(background: Background, rng: Random) -> str:
 
 
 def _background_after(background: Background, rng: Random) -> str:
-    """"on a blue background"."""
+    """Such as: on a blue background."""
     if background.kind in LANDSCAPE_WORDS:
         return rng.choice(LANDSCAPE_WORDS[background.kind][0])
     if background.kind == "gradient":
@@ -191,7 +204,7 @@ def _background_after(background: Background, rng: Random) -> str:
 
 
 def _background_first(background: Background, rng: Random) -> str:
-    """"blue background"."""
+    """Such as: blue background."""
     if background.kind in LANDSCAPE_WORDS:
         return rng.choice(LANDSCAPE_WORDS[background.kind][1])
     if background.kind == "gradient":

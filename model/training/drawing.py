@@ -55,7 +55,7 @@ def _pack_background(background: Background) -> list[float]:
 
 @dataclass(frozen=True)
 class View:
-    """Which part of each picture is painted: full height and width in pixels, and the window's top left corner. shape = (batch,)."""
+    """Which part of each picture is painted: its full height and width, and the window's corner. shape = (batch,)."""
 
     height: Tensor
     width: Tensor
@@ -69,15 +69,16 @@ class View:
         return cls(side * height, side * width, side * 0, side * 0)
 
     def rows(self, start: int, stop: int) -> View:
+        """Of some of the pictures."""
         return View(self.height[start:stop], self.width[start:stop], self.top[start:stop], self.left[start:stop])
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """Pixels being painted, with where they lie: `x`, `y` in half shorter sides from the middle (y down), `pixel` the size of one.
+    """Pixels being painted, with where they lie: `x`, `y` in half shorter sides from the middle (y down).
 
     rgb: shape = (batch, 3, height, width), 0 to 1; x: (batch, 1, width); y: (batch, height, 1); across, down (half the
-    picture's width and height in the same unit) and pixel: (batch, 1, 1).
+    picture's width and height in the same unit) and pixel (the size of one): (batch, 1, 1).
     """
 
     rgb: Tensor
@@ -89,7 +90,9 @@ class Canvas:
 
     @classmethod
     def blank(cls, view: View, height: int, width: int, device: torch.device) -> Canvas:
-        full_h, full_w, top, left = (t.to(device, non_blocking=True)[:, None, None] for t in (view.height, view.width, view.top, view.left))
+        """Black, of `height` x `width` pixels."""
+        sides = (view.height, view.width, view.top, view.left)
+        full_h, full_w, top, left = (side.to(device, non_blocking=True)[:, None, None] for side in sides)
         short = torch.minimum(full_h, full_w)
         column = torch.arange(width, device=device, dtype=torch.float32) + 0.5
         row = torch.arange(height, device=device, dtype=torch.float32)[:, None] + 0.5
@@ -106,7 +109,9 @@ class Canvas:
         return (0.5 - distance / self.pixel).clamp(0.0, 1.0)[:, None]
 
 
-def draw(packed: Tensor, height: int, width: int, device: torch.device | str = "cpu", view: View | None = None) -> Tensor:
+def draw(
+    packed: Tensor, height: int, width: int, device: torch.device | str = "cpu", view: View | None = None
+) -> Tensor:
     """Packed scenes as pictures. shape = (batch, 3, height, width), float32 from -1 to 1, on `device`.
 
     packed : shape = (batch, WIDTH), on the CPU, so that painting never waits for the device
@@ -191,7 +196,7 @@ def _starlight(canvas: Canvas, numbers: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Layers:
-    """Paper-cut layers from the horizon down: colour of the first and the last, how many, how wavy (height, waves a unit)."""
+    """Paper-cut layers from the horizon down: colour of the first and the last, how many, how wavy."""
 
     first: RGB
     last: RGB
@@ -206,7 +211,8 @@ _MEADOW = _Layers((0.55, 0.78, 0.38), (0.27, 0.58, 0.25), 3, 0.07, 1.6)
 
 def _paint_layers(canvas: Canvas, numbers: Tensor, layers: _Layers) -> Tensor:
     height = (canvas.y / canvas.down)[:, None]
-    rgb = _over(_tint(canvas, mix(SKY, (0.35, 0.64, 0.93), 0.45)), _tint(canvas, mix(SKY, (1.0, 1.0, 1.0), 0.45)), (height + 1) / 1.6)
+    high, low = mix(SKY, (0.35, 0.64, 0.93), 0.45), mix(SKY, (1.0, 1.0, 1.0), 0.45)
+    rgb = _over(_tint(canvas, high), _tint(canvas, low), (height + 1) / 1.6)
     rgb = rgb.clamp(0.0, 1.0).expand_as(canvas.rgb)
     horizon = _column(numbers, 7)
     for n in range(layers.count):
@@ -227,8 +233,12 @@ def _paint_meadow(canvas: Canvas, numbers: Tensor) -> Tensor:
 
 
 _PAINTERS: dict[str, Painter] = {
-    "plain": _paint_plain, "gradient": _paint_gradient, "night": _paint_night, "sea": _paint_sea, "meadow": _paint_meadow,
-}  # fmt: skip
+    "plain": _paint_plain,
+    "gradient": _paint_gradient,
+    "night": _paint_night,
+    "sea": _paint_sea,
+    "meadow": _paint_meadow,
+}
 
 _SHADOW = (0.06, 0.11, 0.09, 0.24)  # offset right and down in radii, softness in half shorter sides, strength
 
@@ -246,7 +256,8 @@ def _paint_thing(canvas: Canvas, numbers: Tensor, shape: str) -> Tensor:
     colour = _lit(_colour(numbers, 5), across, up)
     rgb = _over(rgb, colour, canvas.coverage(distance(across, up) * radius))
     if shape == "flower":
-        return _over(rgb, _centre_colour(canvas, _colour(numbers, 5)), canvas.coverage(flower_centre(across, up) * radius))
+        centre = canvas.coverage(flower_centre(across, up) * radius)
+        return _over(rgb, _centre_colour(canvas, _colour(numbers, 5)), centre)
     return rgb
 
 

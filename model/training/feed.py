@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -24,34 +25,41 @@ Tokenize = Callable[[str], tuple[list[int], ...]]
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed scenes, and their captions' tokens for each encoder. scenes: shape = (batch, drawing.WIDTH); tokens: (batch, length)."""
+    """Packed scenes, shape = (batch, drawing.WIDTH), and their captions' tokens for each encoder, (batch, length)."""
 
     scenes: Tensor
     tokens: tuple[Tensor, ...] = ()
 
+    def rows(self, start: int, stop: int | None) -> Batch:
+        """Some of the scenes."""
+        return Batch(self.scenes[start:stop], tuple(ids[start:stop] for ids in self.tokens))
 
-class SceneStream(IterableDataset[Batch]):
+
+Chunk = tuple[np.ndarray, ...]
+"""Packed scenes and tokens between processes: as plain bytes, for shared tensors would each hold a file open."""
+
+
+class SceneStream(IterableDataset[Chunk]):
     """Endless chunks of training scenes; each process has seeds of its own."""
 
     def __init__(self, seed: int, tokenize: Tokenize | None = None, dropout: float = 0.0) -> None:
         self.seed, self.tokenize, self.dropout = seed, tokenize, dropout
 
-    def __iter__(self) -> Iterator[Batch]:
-        torch.set_num_threads(1)
+    def __iter__(self) -> Iterator[Chunk]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         seed = self.seed + worker
         while True:
             scenes = [sample_scene((seed + n * workers) % HELD_OUT_SEEDS) for n in range(CHUNK)]
             seed += CHUNK * workers
-            yield Batch(pack(scenes), self._tokens(scenes, Random(seed)))
+            yield pack(scenes).numpy(), *self._tokens(scenes, Random(seed))
 
-    def _tokens(self, scenes: list[Scene], rng: Random) -> tuple[Tensor, ...]:
+    def _tokens(self, scenes: list[Scene], rng: Random) -> Chunk:
         if self.tokenize is None:
             return ()
         captions = ["" if rng.random() < self.dropout else caption(scene, rng) for scene in scenes]
         rows = zip(*(self.tokenize(text) for text in captions), strict=True)
-        return tuple(torch.tensor(row, dtype=torch.int32) for row in rows)
+        return tuple(np.array(row, dtype=np.int32) for row in rows)
 
 
 class Feed:
@@ -67,7 +75,8 @@ class Feed:
             stream,
             batch_size=None,
             num_workers=processes,
-            prefetch_factor=16 if processes else None,
+            prefetch_factor=4 if processes else None,
+            collate_fn=_unchanged,  # type: ignore[arg-type]
             multiprocessing_context=context,
         )
         self._chunks = iter(loader)
@@ -77,8 +86,15 @@ class Feed:
         """The next `count` scenes."""
         parts = [self._rest] if self._rest else []
         while sum(len(part.scenes) for part in parts) < count:
-            parts.append(next(self._chunks))
-        scenes = torch.cat([part.scenes for part in parts])
-        tokens = tuple(torch.cat(column) for column in zip(*(part.tokens for part in parts), strict=True))
-        self._rest = Batch(scenes[count:], tuple(t[count:] for t in tokens)) if len(scenes) > count else None
-        return Batch(scenes[:count], tuple(t[:count] for t in tokens))
+            scenes, *tokens = map(torch.from_numpy, next(self._chunks))
+            parts.append(Batch(scenes, tuple(tokens)))
+        whole = Batch(
+            torch.cat([part.scenes for part in parts]),
+            tuple(torch.cat(column) for column in zip(*(part.tokens for part in parts), strict=True)),
+        )
+        self._rest = whole.rows(count, None) if len(whole.scenes) > count else None
+        return whole.rows(0, count)
+
+
+def _unchanged(chunk: Chunk) -> Chunk:
+    return chunk

@@ -1,4 +1,4 @@
-"""What both trainings share: the clock that ends them in time, the learning rate, the running average, and their log."""
+"""What both trainings share: the clock that ends them, the learning rate, the running average, files and log."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay, self.steps = decay, 0
-        self.live = [p for p in module.parameters() if p.requires_grad]
+        self.live: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         self.names = [name for name, p in module.named_parameters() if p.requires_grad]
         self.values = [p.detach().clone() for p in self.live]
 
@@ -86,6 +86,7 @@ class Average:
             kept.copy_(held)
 
     def state(self) -> dict[str, Tensor]:
+        """The average by the parameters' names."""
         return dict(zip(self.names, self.values, strict=True))
 
     @torch.no_grad()
@@ -96,7 +97,7 @@ class Average:
         self.steps = 10_000_000  # no fast start again
 
 
-def save_shards(state: dict[str, Tensor], folder: Path, name: str, dtype: torch.dtype = torch.float16) -> list[Path]:
+def save_shards(state: Mapping[str, Tensor], folder: Path, name: str, dtype: torch.dtype = torch.float16) -> list[Path]:
     """Tensors as `name-00001.safetensors` …, each below 16 MiB, in 16 bit. Returns the files."""
     shards: list[dict[str, Tensor]] = [{}]
     room = SHARD_BYTES
@@ -128,8 +129,8 @@ class Log:
     """Progress as lines on the terminal and as rows for the training's record."""
 
     def __init__(self, clock: Clock) -> None:
-        self.clock, self.rows = clock, []
-        self.rows: list[dict[str, Any]]
+        self.clock = clock
+        self.rows: list[dict[str, Any]] = []
 
     def row(self, **figures: Any) -> None:
         """Note and print some figures."""
@@ -138,7 +139,34 @@ class Log:
         self.say("  ".join(f"{name} {_short(value)}" for name, value in figures.items()))
 
     def say(self, words: str) -> None:
+        """Print a line."""
         print(words, flush=True)
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One run of a training: its clock, its log, and where it computes."""
+
+    clock: Clock
+    log: Log
+    device: torch.device
+
+    @classmethod
+    def start(cls, minutes: float, reserve: float, span: tuple[float, float], device: torch.device) -> Leg:
+        """From now on; `span` is the leg's share of the schedule, `reserve` the seconds kept for what comes after."""
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+        clock = Clock(minutes, reserve, *span)
+        return cls(clock, Log(clock), device)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether there is a GPU: fused optimizers, bf16."""
+        return self.device.type == "cuda"
+
+    def autocast(self) -> torch.autocast:
+        """bf16 arithmetic where there is a GPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu)
 
 
 def _short(value: Any) -> str:

@@ -12,17 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import VAEConfig
+from model.training.demo import DEMO_VAE
 from model.training.drawing import View, draw, pack
 from model.training.feed import HELD_OUT_SEEDS, Feed, SceneStream
 from model.training.loop import (
-    Average, Clock, Log, device_name, finite, learning_rate, load_shards, read_record, save_shards, write_record,
-)  # fmt: skip
+    Average,
+    Leg,
+    Log,
+    device_name,
+    finite,
+    learning_rate,
+    load_shards,
+    read_record,
+    save_shards,
+    write_record,
+)
 from model.training.scenes import DATA_VERSION, sample_scene
 from model.training.sheets import contact_sheet
 from model.vae import VAE
-
-DEMO_VAE = VAEConfig(channels=(32, 64, 96, 96), encoder_blocks=1, groups=8, scale=1.0, shift=0.0)
-"""2.4 M parameters; 512x512 decodes in about 100 GFLOP."""
 
 AHEAD = 8  # batches drawn at once: painting many pictures takes the CPU hardly longer than painting few
 
@@ -50,17 +57,15 @@ class VAETraining:
 
 def train_vae(settings: VAETraining, device: torch.device) -> dict[str, float]:
     """Trains, measures and writes weights, a sheet and training.json to `settings.out`; returns the measures."""
-    clock = Clock(settings.minutes, reserve=15, begin=settings.begin, end=settings.end)
-    log = Log(clock)
+    leg = Leg.start(settings.minutes, 15, (settings.begin, settings.end), device)
+    log = leg.log
     torch.manual_seed(settings.seed)
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")
-    vae = VAE(settings.config).to(device, memory_format=torch.channels_last)
+    vae = VAE(settings.config).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = Average(vae, settings.average)
     if settings.resume:
         restore(vae, average, settings.resume)
     log.say(f"{sum(p.numel() for p in vae.parameters()):,} parameters on {device_name(device)}")
-    steps = Run(settings, vae, average, clock, log, device).loop()
+    steps = Run(settings, vae, average, leg).loop()
     average.swap()
     measures = {"steps": steps, **measure(vae, device, pictures=128 if device.type == "cuda" else 8)}
     log.row(**measures)
@@ -100,10 +105,11 @@ def vae_loss(vae: VAE, pixels: Tensor, noise: Tensor, kl_weight: float, late: Te
 class Run:
     """The training loop and what it holds."""
 
-    def __init__(self, settings: VAETraining, vae: VAE, average: Average, clock: Clock, log: Log, device: torch.device) -> None:
-        self.settings, self.vae, self.average, self.clock, self.log, self.device = settings, vae, average, clock, log, device
+    def __init__(self, settings: VAETraining, vae: VAE, average: Average, leg: Leg) -> None:
+        self.settings, self.vae, self.average, self.leg = settings, vae, average, leg
+        self.clock, self.log, self.device = leg.clock, leg.log, leg.device
         self.optimizer = torch.optim.AdamW(
-            vae.parameters(), lr=settings.peak, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
+            vae.parameters(), lr=settings.peak, betas=(0.9, 0.98), weight_decay=0.0, fused=leg.on_gpu
         )
         self.feed = Feed(SceneStream(settings.seed << 32), settings.processes)
         self.random = random.Random(settings.seed)
@@ -113,12 +119,12 @@ class Run:
         """Steps until the clock ends; returns their number."""
         step, seen, errors = 0, 0, []
         since = self.clock.elapsed
-        while self.clock.left > 0:
+        while step == 0 or self.clock.left > 0:
             for pixels in self.pictures():
                 errors.append(self.step(pixels, step))
                 step += 1
                 if step == 3:
-                    self._sync()
+                    errors[-1].item()  # waits for the device
                     self.log.say(f"first steps after {self.clock.elapsed:.0f} s")
                     self.clock.run()
                     since, seen = self.clock.elapsed, step
@@ -143,7 +149,7 @@ class Run:
             group["lr"] = learning_rate(s.peak, fraction, step, 200)
         noise = torch.randn(len(pixels), s.config.latent_channels, s.size // 8, s.size // 8, device=self.device)
         late = torch.tensor(min(1.0, 2 * fraction)).to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with self.leg.autocast():
             error = self._gradients(pixels, noise, late)
         torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0, foreach=True)
         self.optimizer.step()
@@ -167,17 +173,13 @@ class Run:
     def pictures(self) -> list[Tensor]:
         """The next batches: windows of pictures of many sizes, painted together."""
         s = self.settings
-        count = s.batch * (AHEAD if self.device.type == "cuda" else 1)
-        side = torch.tensor([math.exp(self.random.uniform(math.log(s.size), math.log(s.largest))) for _ in range(count)])
-        side = side.round()
+        count = s.batch * (AHEAD if self.leg.on_gpu else 1)
+        sides = [math.exp(self.random.uniform(math.log(s.size), math.log(s.largest))) for _ in range(count)]
+        side = torch.tensor(sides).round()
         corner = torch.tensor([[self.random.random(), self.random.random()] for _ in range(count)])
         top, left = ((side - s.size)[:, None] * corner).round().unbind(1)
         pixels = draw(self.feed.take(count).scenes, s.size, s.size, self.device, View(side, side, top, left))
         return list(pixels.contiguous(memory_format=torch.channels_last).split(s.batch))
-
-    def _sync(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def decibels(squared_error: float) -> float:

@@ -1,7 +1,7 @@
-"""What is in a picture: a background and one to three things, drawn at random from a seed. Plain Python; `drawing.py` paints it.
+"""What is in a picture: a background and one to three things, at random from a seed. `drawing.py` paints it.
 
 Places are fractions of the picture: x and y run from -1 (left, top) to 1 (right, bottom), sizes are radii as a share of
-half the shorter side. Things that keep apart in a square keep apart in every other aspect, so a scene has no aspect of its own.
+half the shorter side. Things that keep apart in a square do so in every other aspect: a scene has none of its own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MIN_CONTRAST = 0.19
 
 @dataclass(frozen=True)
 class Background:
-    """`plain` (one colour), `gradient` (from `colour` at the top to `second` at the bottom), `night`, `sea` or `meadow`."""
+    """`plain` (one colour), `gradient` (from `colour` down to `second`), `night`, `sea` or `meadow`."""
 
     kind: str
     colour: str = ""
@@ -71,14 +71,17 @@ class Thing:
 
     @property
     def rgb(self) -> RGB:
+        """Its colour, 0 to 1."""
         r, g, b = (min(1.0, max(0.0, c + j)) for c, j in zip(COLOURS[self.colour], self.jitter, strict=True))
         return r, g, b
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A background and its things, in the order in which they are painted. `layout` says how they were placed:
-    `single`, `row` (left to right), `column` (top to bottom) or `scattered`."""
+    """A background and its things, in the order in which they are painted.
+
+    layout : how they were placed: `single`, `row` (left to right), `column` (top to bottom) or `scattered`
+    """
 
     background: Background
     things: tuple[Thing, ...]
@@ -125,7 +128,7 @@ def sample_background(rng: Random) -> Background:
 
 
 def _sample_looks(rng: Random, background: Background, count: int, only_held_out: bool) -> list[tuple[str, str]]:
-    """`count` pairs (shape, colour) that stand out from the background and differ in shape or colour from each other."""
+    """`count` pairs (shape, colour) that stand out from the background and are not twice the same."""
     looks: list[tuple[str, str]] = []
     while len(looks) < count:
         look = rng.choice(SHAPES), rng.choice(tuple(COLOURS))

@@ -1,4 +1,4 @@
-"""Signed distances of the shapes: negative inside, in units of the shape's radius, y pointing up. shape = that of x and y."""
+"""Signed distances of the shapes, of shape = that of x and y: negative inside, in units of the radius, y up."""
 
 from __future__ import annotations
 

@@ -33,6 +33,6 @@ def contact_sheet(pixels: Tensor, captions: Sequence[str], columns: int = 4) -> 
         left, top = MARGIN + n % columns * cell[0], MARGIN + n // columns * cell[1]
         sheet.paste(image, (left, top))
         for i, line in enumerate(lines):
-            # The default font may know Latin-1 only.
-            pen.text((left, top + height + 1 + i * LINE), line.encode("latin-1", "replace").decode("latin-1"), "black", font)
+            known = line.encode("latin-1", "replace").decode("latin-1")  # the default font may have no more
+            pen.text((left, top + height + 1 + i * LINE), known, "black", font)
     return sheet

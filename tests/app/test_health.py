@@ -14,10 +14,12 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
+from app.logs import make_log
 from app.main import create_app
 from app.settings import GatewaySettings
 from tests.app.conftest import client_of
 from tests.app.fake_worker import FakeWorker
+from worker.contract.queue import JobQueue
 
 ASKED = {"model": "tiny", "prompt": "a red circle"}
 
@@ -199,3 +201,30 @@ async def test_request_id_of_the_client_is_kept(client: httpx.AsyncClient, asked
 async def test_request_id_that_is_not_sane_is_replaced(client: httpx.AsyncClient, asked: str) -> None:
     answer = await client.get("/healthz", headers={"x-request-id": asked.encode()})
     assert answer.headers["x-request-id"].startswith("req_")
+
+
+def test_log_for_people_has_the_traceback_but_no_variables() -> None:
+    stream = io.StringIO()
+    secret = "my " + "wish"
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        make_log("console", stream).exception("request_failed", request_id="r-1")
+    assert "request_failed" in stream.getvalue()
+    assert "ValueError: broken" in stream.getvalue()
+    assert secret not in stream.getvalue()
+
+
+async def test_jobs_past_their_deadline_are_ended_though_nobody_looks(settings: GatewaySettings) -> None:
+    asked = asyncio.Event()
+
+    class Watched(JobQueue):
+        async def expire(self) -> int:
+            asked.set()
+            return await super().expire()
+
+    queue = Watched.connect(settings)
+    app = create_app(settings, queue)
+    async with app.router.lifespan_context(app), asyncio.timeout(10):
+        await asked.wait()
+    await queue.close()

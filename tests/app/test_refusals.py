@@ -79,7 +79,7 @@ def assert_refused(answer: httpx.Response, status: int, code: str, field: str | 
         ({"stepz": 20}, "stepz", 'there is no field "stepz" (did you mean steps?)'),
         ({"num_inference_steps": 20}, "num_inference_steps", "(did you mean steps?)"),
         ({"cfg-scale": 20}, "cfg-scale", "(did you mean guidance_scale?)"),
-        ({"Ω" * 5000: 1}, "Ω" * 60 + "..." + "Ω" * 12, "there is no field"),
+        ({"Ω" * 100: 1}, "Ω" * 60 + "..." + "Ω" * 12, "there is no field"),
         ({"steps": "20", "width": "x", "foo": 1}, "width", "(also wrong: foo, steps)"),
     ],
 )
@@ -243,7 +243,7 @@ BODIES = st.fixed_dictionaries(
 
 @given(body=BODIES | VALUES)
 @hypothesis_settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_any_json_is_accepted_or_refused_in_the_one_shape(refuser: Any, body: Any) -> None:
     answer = refuser(json.dumps(body))
@@ -305,7 +305,8 @@ def test_resolved_job_is_within_the_limits_of_its_card(width: int, height: int, 
     try:
         job = resolve(create, LARGE, record_lifetime_s=60, request_id="")
     except DarkroomError as error:
-        assert not within, error
+        refused: DarkroomError | None = error
     else:
-        assert within
+        refused = None
         assert (job.params.width, job.params.height) == (width, height)
+    assert (refused is None) == within

@@ -86,7 +86,7 @@ async def gateway(settings: GatewaySettings, tmp_path: Path, **env: str) -> Asyn
 
 
 async def test_bodies_are_bounded_in_size_and_time(settings: GatewaySettings, tmp_path: Path) -> None:
-    async with gateway(settings, tmp_path, DARKROOM_MAX_BODY_BYTES="2000", DARKROOM_BODY_TIMEOUT_S="0.3") as running:
+    async with gateway(settings, tmp_path, DARKROOM_MAX_BODY_BYTES="2000", DARKROOM_BODY_TIMEOUT_S="1") as running:
         close = b"connection: close\r\n"
         declared = HEAD + close + b"content-length: 300000\r\n\r\n"
         large = await running.exchange(declared, b"x" * 300_000)

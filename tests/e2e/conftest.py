@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -14,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.bundles import save_tiny_bundle
+
 ROOT = Path(__file__).parents[2]
-SIDE = 64
-"""Pixels: the side of the tiny model's pictures."""
 
 
 class Up:
@@ -102,18 +101,8 @@ def is_alive(pid: int) -> bool:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder with random weights, made on the fly, whose card allows 64x64."""
-    from tests.model import tiny
-
-    folder = tmp_path_factory.mktemp("bundles") / "tiny"
-    tiny.pipeline().save_pretrained(folder)
-    card = {
-        "description": "random weights, for tests",
-        "defaults": {"width": SIDE, "height": SIDE, "steps": 4, "guidance_scale": 2.0},
-        "limits": {"min_pixels": SIDE * SIDE, "min_side": SIDE},
-    }
-    (folder / "darkroom.json").write_text(json.dumps(card))
-    return folder
+    """A model folder with random weights whose card allows 64x64."""
+    return save_tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Large and Medium at full size with random weights, by hand on one GPU: python -m tests.gpu.full_size
 
-For each: a 1024 x 1024 picture end to end in bf16, and the error of one bf16 forward against the fp32 model (TF32 off) for
-ours and for diffusers on the same weights, median over some draws. Medium's weights are also written and loaded again.
+For each: a 1024 x 1024 picture end to end in bf16, and the error of one bf16 forward against the fp32 model (TF32 off)
+for ours and for diffusers on the same weights, median over some draws. Medium is written and loaded again too.
 Prints one JSON object; exits with 1 if ours is off by more than 1.1 times as much as diffusers, or a picture is broken.
 `--tiny` tries the script itself, anywhere.
 """

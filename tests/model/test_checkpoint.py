@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from model import config as model_config
 from model.checkpoint import CheckpointError, Components, load_components, variant_of
+from model.weights import WeightFile, Weights, tensors_of
 from tests.model import tiny
 from tests.model.tiny import assert_same_weights, nets
 
@@ -300,6 +302,34 @@ def test_scale_for_each_row_is_applied_to_its_row(main: Path) -> None:
     assert torch.equal(load(main).mmdit.context_embedder.weight, expected)
 
 
+def test_layer_with_a_quantisation_note_of_its_own_is_multiplied_by_its_scale(main: Path) -> None:
+    layer = DIFFUSION + "context_embedder"
+
+    def quantise(state: State) -> None:
+        scaled(state, "weight_scale", "input_scale", [f"{layer}.weight"])
+        state[f"{layer}.comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+
+    edited(main, quantise)
+    expected = dequantised(main, DIFFUSION, "weight_scale")["context_embedder.weight"]
+    assert torch.equal(load(main).mmdit.context_embedder.weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ("float8_e4m3fn", "context_embedder.weight is marked as scaled fp8 but has no scale"),
+        ("nvfp4", "context_embedder is quantised as nvfp4; expected"),
+    ],
+)
+def test_quantisation_that_the_header_tells_of_is_heeded(main: Path, form: str, message: str) -> None:
+    layer = DIFFUSION + "context_embedder"
+    state = load_file(main)
+    state[f"{layer}.weight"] = state[f"{layer}.weight"].to(FP8)
+    save_file(state, main, metadata={"_quantization_metadata": json.dumps({"layers": {layer: {"format": form}}})})
+    with pytest.raises(CheckpointError, match=message):
+        load(main)
+
+
 # Wrong files
 
 
@@ -391,6 +421,21 @@ WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing projection of CLIP-G": (
         lambda f: edited(f / "text_encoder_2/model.safetensors", lambda s: s.pop("text_projection.weight")),
         "text_encoder_2: tensor text_projection.weight is missing",
+    ),
+    "missing tensor of T5": (
+        lambda f: edited(f / "text_encoder_3/model.safetensors", lambda s: s.pop("encoder.final_layer_norm.weight")),
+        "text_encoder_3: tensor encoder.final_layer_norm.weight is missing",
+    ),
+    "missing projection of CLIP-L that is not square": (
+        lambda f: [
+            edited(f / CLIP, lambda s: s.pop("text_projection.weight")),
+            edited_json(f / "text_encoder/config.json", projection_dim=32),
+            edited_json(f / "transformer/config.json", pooled_projection_dim=160),
+            edited(
+                f / NET, lambda s: s.update({"time_text_embed.text_embedder.linear_1.weight": torch.zeros(128, 160)})
+            ),
+        ],
+        "text_encoder: tensor text_projection.weight is missing",
     ),
     "widths that do not fit": (
         lambda f: edited_json(f / "transformer/config.json", pooled_projection_dim=2048),
@@ -525,3 +570,23 @@ def test_folder_of_pickles_is_refused(tmp_path: Path) -> None:
     (tmp_path / "sd3.5_large.ckpt").write_bytes(b"\x80\x04")
     with pytest.raises(CheckpointError, match=r"only pickles, which can run code when loaded \(sd3.5_large.ckpt\)"):
         load(tmp_path)
+
+
+def test_header_broken_anywhere_is_never_another_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(3, 2), "b.weight": torch.zeros(5).to(FP8)}, path, metadata={"format": "pt"})
+    good = path.read_bytes()
+    random = Random(0)
+    refused = 0
+    for _ in range(500):
+        broken = bytearray(good)
+        for _ in range(random.randint(1, 3)):
+            broken[random.randrange(len(good) - 29)] = random.choice(b'\x00\xff{}[]",:-019ab')
+        path.write_bytes(broken)
+        try:
+            weights = Weights(tensors_of([WeightFile(path)]), path)
+            weights.expect({"a": (3, 2), "b.weight": (5,)})
+            assert weights.read("a", torch.device("cpu"), torch.float32).shape == (3, 2)
+        except CheckpointError:
+            refused += 1
+    assert refused > 300

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_vae_checkpoint,
+    convert_sd3_transformer_checkpoint_to_diffusers,
+)
 from torch import nn
 
 from model.config import VARIANTS, VAEConfig
@@ -84,3 +88,14 @@ def test_only_the_two_chunk_modulations_swap_their_halves() -> None:
     swapped = {rule.name for rule in mmdit_rules(VARIANTS["medium"].mmdit) if rule.op == "swap"}
     owners = ("final_layer", "joint_blocks.23.context_block")
     assert swapped == {f"{owner}.adaLN_modulation.1.{leaf}" for owner in owners for leaf in ("weight", "bias")}
+
+
+def test_diffusers_own_converters_agree_with_the_tables(pipe: StableDiffusion3Pipeline) -> None:
+    state = tiny.original_state(pipe)
+    converted = convert_sd3_transformer_checkpoint_to_diffusers(state.copy())
+    expected = pipe.transformer.state_dict()
+    assert all(torch.equal(converted[key], tensor) for key, tensor in expected.items())
+    converted = convert_ldm_vae_checkpoint(state.copy(), pipe.vae.config)
+    expected = pipe.vae.state_dict()
+    assert converted.keys() == expected.keys()
+    assert all(torch.equal(converted[key], tensor) for key, tensor in expected.items())
