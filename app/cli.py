@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings
 from app.client import Client, Refused, Unreachable
 from app.generate import Canceled, GenerateFailed, Request, generate_pictures
 from app.stack import COMMANDS, Stack, StackFailed, StackSettings
+from worker.contract.settings import complaints
 
 cli = typer.Typer(
     name="darkroom",
@@ -185,12 +186,7 @@ def _read(kind: type[Settings], **options: Any) -> Settings:
     try:
         return kind(**{name: value for name, value in options.items() if value is not None})
     except ValidationError as error:
-        lines = []
-        for wrong in error.errors():
-            name = "_".join(str(part) for part in wrong["loc"])
-            shown = "" if name == "redis_url" else f" is {wrong['input']!r}"  # a url may hold a password
-            lines.append(f"DARKROOM_{name.upper()}{shown}: {wrong['msg']}")
-        _fail("\n".join(lines))
+        _fail(complaints(error))
 
 
 def _require(role: str, *packages: str) -> None:

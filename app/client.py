@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -44,28 +45,33 @@ class Client:
 
     def models(self) -> list[dict[str, Any]]:
         """What `GET /v1/models` lists."""
-        models: list[dict[str, Any]] = self._call("GET", "/v1/models").json()["models"]
+        models: list[dict[str, Any]] = self._answer("models", "GET", "/v1/models")["models"]
         return models
 
     def submit(self, request: dict[str, Any]) -> Generation:
         """Posts a generation."""
-        return self._generation("POST", "/v1/generations", json=request)
+        return self._answer("id", "POST", "/v1/generations", json=request)
 
     def view(self, job_id: str) -> Generation:
         """The generation now."""
-        return self._generation("GET", f"/v1/generations/{job_id}")
+        return self._answer("id", "GET", f"/v1/generations/{job_id}")
 
     def cancel(self, job_id: str) -> Generation:
         """Cancels it, now or at its next step."""
-        return self._generation("POST", f"/v1/generations/{job_id}/cancel")
+        return self._answer("id", "POST", f"/v1/generations/{job_id}/cancel")
 
     def picture(self, job_id: str, n: int) -> bytes:
         """The bytes of its picture `n`."""
         return self._call("GET", f"/v1/generations/{job_id}/images/{n}").content
 
-    def _generation(self, method: str, path: str, **options: Any) -> Generation:
-        generation: Generation = self._call(method, path, **options).json()
-        return generation
+    def _answer(self, has: str, method: str, path: str, **options: Any) -> dict[str, Any]:
+        """The JSON object of an answer, which has this key."""
+        response = self._call(method, path, **options)
+        with suppress(ValueError):
+            answer = response.json()
+            if isinstance(answer, dict) and has in answer:
+                return answer
+        raise Unreachable(f"what answers at {self.url} is no Darkroom server")
 
     def _call(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ import typer
 
 from app.client import Client, Refused, Unreachable
 from app.embedded import MIN_VERSION, connect, find_server, parse_version
-from app.stack import StackSettings
+from app.stack import StackSettings, listen_error
 from worker.contract.errors import StoreUnavailable
 from worker.contract.store import FolderStore
 
@@ -214,16 +213,12 @@ def check_port(settings: StackSettings) -> Finding:
     """Whether the gateway's port is free, or a Darkroom has it."""
     host, port = settings.host, settings.port
     what, found = "port of the gateway", f"{host}:{port}"
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if _darkroom_runs(port):
-                return Finding(what, "ok", f"{found}: a Darkroom runs there")
-            return Finding(what, "wrong", f"{found}: {error.strerror}", "stop what uses it, or set DARKROOM_PORT")
-    return Finding(what, "ok", f"{found} is free")
+    reason = listen_error(host, port)
+    if reason is None:
+        return Finding(what, "ok", f"{found} is free")
+    if _darkroom_runs(port):
+        return Finding(what, "ok", f"{found}: a Darkroom runs there")
+    return Finding(what, "wrong", f"{found}: {reason}", "stop what uses it, or set DARKROOM_PORT")
 
 
 def _darkroom_runs(port: int) -> bool:

@@ -130,11 +130,18 @@ def shortened(text: str, limit: int = MAX_SHOWN) -> str:
 def refusal(error: DarkroomError, scope: Scope) -> JSONResponse:
     """The response of an error."""
     status = status_of(error)
+    if status >= 500 and error.__cause__:
+        note_cause(error, scope)
     if status == 500:
         return internal_error(scope)
     retry_after_s = getattr(error, "retry_after_s", None)
     headers = {} if retry_after_s is None else {"retry-after": str(retry_after_s)}
     return error_response(scope, status, error.code, str(error), error.field, headers)
+
+
+def note_cause(error: DarkroomError, scope: Scope) -> None:
+    """Leaves for the log what clients are not told: folders and hosts."""
+    scope.setdefault("state", {})["cause"] = str(error.__cause__) or type(error.__cause__).__name__
 
 
 def internal_error(scope: Scope) -> JSONResponse:

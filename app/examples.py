@@ -79,7 +79,7 @@ SUCCEEDED: dict[str, Any] = QUEUED | {
             "bytes": 1_402_113,
         }
     ],
-    "timings": {"queue": 0.01, "encode": 0.05, "denoise": 4.2, "decode": 0.1, "store": 0.15, "total": 4.51},
+    "timings": {"queue": 0.01, "text_encode": 0.05, "noise": 0.001, "denoise": 4.2, "vae_decode": 0.1, "total": 4.51},
 }
 
 MODEL: dict[str, Any] = {

@@ -48,7 +48,10 @@ def generate_pictures(client: Client, request: Request) -> list[Path]:
     body = {"model": request.model or _choose_model(client), "prompt": request.prompt, **request.options}
     if format:
         body["output_format"] = format
-    job_id = client.submit(body)["id"]
+    try:
+        job_id = client.submit(body)["id"]
+    except UnicodeEncodeError:
+        raise GenerateFailed("the prompt is not text in the terminal's encoding; UTF-8 is expected") from None
     try:
         generation = _follow(client, job_id)
     except KeyboardInterrupt:

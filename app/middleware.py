@@ -62,7 +62,7 @@ class RequestContext:
         if route == CREATE_ROUTE and method == "POST" and status != CLIENT_GONE:
             outcome = "accepted" if status < 300 else "rejected"
             self._metrics.generations.labels(state.get("model", "unknown"), outcome, error).inc()
-        facts = {name: state[name] for name in ("generation", "model", "error_code") if name in state}
+        facts = {name: state[name] for name in ("generation", "model", "error_code", "cause") if name in state}
         quiet = route in QUIET_ROUTES and status < 500
         write = self._log.debug if quiet else self._log.info if status < 500 else self._log.warning
         write(
@@ -142,6 +142,6 @@ async def _refuse(error: DarkroomError, scope: Scope, receive: Receive, send: Se
 
 def _route(scope: Scope) -> str:
     """The template of the route that served; bounded, unlike paths."""
-    if "endpoint" not in scope:
-        return "unmatched"
+    if "endpoint" not in scope:  # refused before the router saw it, or no route of ours
+        return CREATE_ROUTE if scope["path"] == CREATE_ROUTE else "unmatched"
     return str(getattr(scope.get("route"), "path", scope["path"]))  # a plain route has no parameters

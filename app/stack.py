@@ -27,7 +27,7 @@ _STEADY_S = 60.0
 
 COMMANDS = {
     "gateway": (sys.executable, "-P", "-m", "app.cli", "gateway"),
-    "worker": (sys.executable, "-P", "-m", "worker.main"),
+    "worker": (sys.executable, "-P", "-m", "worker"),
 }
 
 
@@ -157,7 +157,9 @@ class Stack:
                 "DARKROOM_ENV is production, so the embedded Valkey is not started: "
                 "set DARKROOM_REDIS_URL to a Redis or Valkey, 7.2 or later, with an append-only file"
             )
-        _require_free(settings.host, self._port)
+        if reason := listen_error(settings.host, self._port):
+            where = f"{settings.host} port {self._port}"
+            raise StackFailed(f"cannot listen on {where} ({reason}): choose another with --port or DARKROOM_PORT")
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         self._env |= {
             "DARKROOM_HOST": settings.host,
@@ -215,13 +217,13 @@ def _client_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _require_free(host: str, port: int) -> None:
+def listen_error(host: str, port: int) -> str | None:
+    """Why nothing can listen there now; None if something can."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise StackFailed(
-                f"cannot listen on {host} port {port} ({error.strerror}): choose another with --port or DARKROOM_PORT"
-            ) from None
+            return error.strerror or str(error)
+    return None

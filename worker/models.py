@@ -13,7 +13,7 @@ import torch
 
 from model.checkpoint import CheckpointError, Components, load_components
 from model.config import VARIANTS
-from model.params import GenerationParams
+from model.params import SAMPLERS, GenerationParams
 from model.pipeline import Pipeline, generate, run
 from model.text import T5_LENGTH
 from worker.contract.cards import Defaults, Limits, ModelCard
@@ -33,11 +33,19 @@ class Model:
     load_s: float
 
 
+class NoSuchDevice(OSError):
+    """The device asked for is not there, or too small."""
+
+
 def pick_device(name: str) -> torch.device:
-    """The device of a setting; `auto` is CUDA where there is a GPU."""
+    """The device of a setting; `auto` is CUDA where there is a GPU. NoSuchDevice."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise NoSuchDevice(f"DARKROOM_DEVICE is {name!r}; CUDA devices that PyTorch finds here: {found}")
+    return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -98,16 +106,38 @@ def make_card(source: ModelSource, parts: Components, told: dict[str, Any]) -> M
     grid_side = parts.mmdit_config.pos_embed_grid * parts.mmdit_config.patch * 8
     limits: dict[str, Any] = {"max_side": min(grid_side, known.max_side if known else grid_side)}
     defaults = {"steps": known.steps, "guidance_scale": known.guidance_scale, "sampler": known.sampler} if known else {}
-    return ModelCard(
-        name=source.name,
-        description=told.get("description") or (known.title if known else source.name),
-        variant=parts.variant,
-        revision=parts.revision,
-        parameters=sum(p.numel() for p in parts.mmdit.parameters()),
-        defaults=Defaults(**(defaults | told.get("defaults", {}))),
-        limits=Limits(**(limits | told.get("limits", {}))),
-        negative_prompt=known.guided if known else told.get("negative_prompt", True),
-    )
+    try:
+        card = ModelCard(
+            name=source.name,
+            description=told.get("description") or (known.title if known else source.name),
+            variant=parts.variant,
+            revision=parts.revision,
+            parameters=sum(p.numel() for p in parts.mmdit.parameters()),
+            defaults=Defaults(**(defaults | told.get("defaults", {}))),
+            limits=Limits(**(limits | told.get("limits", {}))),
+            negative_prompt=known.guided if known else told.get("negative_prompt", True),
+        )
+        wrong = _outside(card.defaults, card.limits)
+    except TypeError as error:  # an unknown or missing name, or no number where one belongs
+        raise CheckpointError(f"{source.path / 'darkroom.json'} has wrong defaults or limits: {error}") from error
+    if wrong:
+        raise CheckpointError(f"{source.path}: the default {wrong} is outside the model's own limits {card.limits}")
+    return card
+
+
+def _outside(defaults: Defaults, limits: Limits) -> str:
+    """What of the defaults the limits forbid: nobody could leave it out of a request."""
+    width, height = defaults.width, defaults.height
+    for side in (width, height):
+        if not limits.min_side <= side <= limits.max_side or side % limits.side_multiple:
+            return f"size {width}x{height}"
+    if not limits.min_pixels <= width * height <= limits.max_pixels:
+        return f"size {width}x{height}"
+    if not 1 <= defaults.steps <= limits.max_steps:
+        return f"steps {defaults.steps}"
+    if not 0 <= defaults.guidance_scale <= limits.max_guidance_scale:
+        return f"guidance_scale {defaults.guidance_scale}"
+    return "" if defaults.sampler in SAMPLERS else f"sampler {defaults.sampler!r}"
 
 
 def _told(path: Path) -> dict[str, Any]:

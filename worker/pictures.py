@@ -13,6 +13,8 @@ from torch import Tensor
 from worker.contract.job import Job
 
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
+MAX_COMMENT_BYTES = 65_000
+"""A JPEG's EXIF is at most 64 KiB in all."""
 
 
 def encode(pixels: Tensor, job: Job, n: int) -> bytes:
@@ -58,5 +60,11 @@ def _png_text(job: Job, n: int) -> PngInfo:
 
 def _exif(job: Job, n: int) -> Image.Exif:
     exif = Image.Exif()
-    exif[EXIF_IFD] = {USER_COMMENT: b"UNICODE\0" + parameters(job, n).encode("utf-16-be", errors="replace")}
+    exif[EXIF_IFD] = {USER_COMMENT: b"UNICODE\0" + _comment(parameters(job, n))}
     return exif
+
+
+def _comment(text: str) -> bytes:
+    """The text in UTF-16, cut inside the prompts if that is too long."""
+    data = text.encode("utf-16-be", errors="replace")
+    return data if len(data) <= MAX_COMMENT_BYTES else _comment(f"{text[:15_000]} ... {text[-1_000:]}")

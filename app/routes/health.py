@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from app.deps import Gateway, GatewayDep
+from app.errors import note_cause
 from app.schemas import Alive, Readiness
 from worker.contract.errors import QueueUnavailable, StoreUnavailable
 
@@ -27,9 +28,9 @@ async def alive() -> Alive:
     summary="Can it do its work?",
     responses={503: {"model": Readiness, "description": "Redis or the store is away, or it is shutting down."}},
 )
-async def ready(gateway: GatewayDep, response: Response) -> Readiness:
+async def ready(gateway: GatewayDep, request: Request, response: Response) -> Readiness:
     """Ready while Redis and the store answer and the gateway is not shutting down; workers are told, not asked for."""
-    (redis, workers), store = await asyncio.gather(_redis(gateway), _store(gateway))
+    (redis, workers), store = await asyncio.gather(_redis(gateway), _store(gateway, request))
     draining = gateway.draining.is_set()
     is_ready = redis == store == "ok" and not draining
     if not is_ready:
@@ -60,11 +61,12 @@ async def _redis(gateway: Gateway) -> tuple[str, dict[str, int]]:
         return "not reachable", {}
 
 
-async def _store(gateway: Gateway) -> str:
+async def _store(gateway: Gateway, request: Request) -> str:
     try:
         async with asyncio.timeout(PROBE_TIMEOUT_S):
             await asyncio.to_thread(gateway.store.check)
     except StoreUnavailable as error:
+        note_cause(error, request.scope)
         return str(error)
     except TimeoutError:
         return f"no answer within {PROBE_TIMEOUT_S:g} s"

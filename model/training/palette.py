@@ -22,7 +22,6 @@ COLOURS: dict[str, RGB] = {
     "grey": (0.56, 0.58, 0.61),
 }
 
-TONES = ("plain", "light", "dark")
 LIGHT_COLOURS = ("orange", "yellow", "green", "blue", "purple", "pink", "teal", "grey")
 DARK_COLOURS = ("red", "green", "blue", "purple", "teal", "grey")
 

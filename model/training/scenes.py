@@ -7,7 +7,6 @@ half the shorter side. Things that keep apart in a square do so in every other a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
@@ -105,13 +104,6 @@ def sample_scene(seed: int, *, only_held_out: bool = False) -> Scene:
         for (shape, colour), (x, y, radius, size) in zip(looks, places, strict=True)
     )
     return Scene(background, things, layout)
-
-
-def scenes_from(seed: int, *, only_held_out: bool = False) -> Iterator[Scene]:
-    """Endless scenes of consecutive seeds."""
-    while True:
-        yield sample_scene(seed, only_held_out=only_held_out)
-        seed += 1
 
 
 def sample_background(rng: Random) -> Background:

@@ -183,6 +183,21 @@ def test_generate_doubts_a_server_that_is_no_darkroom(server: FakeServer, tmp_pa
     assert "502 Bad Gateway; is that a Darkroom server?" in result.stderr
 
 
+@pytest.mark.parametrize("answer", [b"<html>", [], {"detail": "x"}])
+def test_generate_doubts_an_answer_that_is_no_generation(server: FakeServer, tmp_path: Path, answer: object) -> None:
+    server.refusal = (200, answer)
+    result = generate(server, "--output", tmp_path)
+    assert result.exit_code == 1
+    assert "is no Darkroom server" in result.stderr
+
+
+def test_generate_refuses_a_prompt_that_is_not_utf_8(server: FakeServer, tmp_path: Path) -> None:
+    result = generate(server, "--negative", "\udcff", "--output", tmp_path)
+    assert result.exit_code == 1
+    assert "UTF-8 is expected" in result.stderr
+    assert not server.posted
+
+
 def test_generate_says_how_to_start_a_server_when_none_answers(server: FakeServer) -> None:
     result = CliRunner().invoke(cli, ["generate", "x", "--url", "http://127.0.0.1:9"])
     assert result.exit_code == 1

@@ -72,15 +72,19 @@ async def test_readyz_is_503_without_redis(cut_off: httpx.AsyncClient) -> None:
     }
 
 
-async def test_readyz_is_503_without_store(settings: GatewaySettings, tmp_path: Path) -> None:
+async def test_readyz_is_503_without_store_and_only_the_log_names_its_folder(
+    settings: GatewaySettings, tmp_path: Path, log_lines: io.StringIO
+) -> None:
     (tmp_path / "file").write_text("not a folder")
     blocked = GatewaySettings(**settings.model_dump() | {"store_dir": tmp_path / "file" / "pictures"})
-    app = create_app(blocked)
+    app = create_app(blocked, log=make_log("json", log_lines))
     async with app.router.lifespan_context(app), client_of(app) as client:
         answer = await client.get("/readyz")
     assert answer.status_code == 503
     assert answer.json()["redis"] == "ok"
     assert "not reachable" in answer.json()["store"]
+    assert str(tmp_path) not in answer.text
+    assert str(tmp_path / "file") in json.loads(log_lines.getvalue().splitlines()[-1])["cause"]
 
 
 async def test_readyz_is_503_while_draining(client: httpx.AsyncClient, app: FastAPI) -> None:
@@ -144,11 +148,13 @@ async def test_metrics_count_generations_by_outcome(served: httpx.AsyncClient) -
     await served.post("/v1/generations", json=ASKED | {"steps": 11})
     await served.post("/v1/generations", json=ASKED | {"steps": "x"})
     await served.post("/v1/generations", json=ASKED | {"model": "made-up"})
+    await served.post("/v1/generations", json=ASKED | {"prompt": "x" * 100_000})
     found, name = await samples(served), "darkroom_generations_total"
     assert named(found, name, model="tiny", outcome="accepted", reason="") == 1
     assert named(found, name, model="tiny", outcome="rejected", reason="invalid_field") == 1
     assert named(found, name, model="unknown", outcome="rejected", reason="invalid_field") == 1
     assert named(found, name, model="unknown", outcome="rejected", reason="unknown_model") == 1
+    assert named(found, name, model="unknown", outcome="rejected", reason="body_too_large") == 1
 
 
 async def test_metrics_show_the_queue_and_the_workers(served: httpx.AsyncClient, worker: FakeWorker) -> None:

@@ -19,8 +19,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.bundles import save_tiny_bundle
 from tests.conftest import Valkey
+from tests.tiny_bundle import save_tiny_bundle
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1800)]
 

@@ -7,13 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.bundles import save_tiny_bundle
+from tests.processes import wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,7 +49,7 @@ class Up:
 
     def pid(self, name: str) -> int:
         """The process id of the gateway, worker or valkey that runs now."""
-        told = {"valkey": "valkey-server", "gateway": "app.cli gateway", "worker": "worker.main"}[name]
+        told = {"valkey": "valkey-server", "gateway": "app.cli gateway", "worker": "-m worker"}[name]
         return next(pid for pid in children_of(self.process.pid) if told in command_of(pid))
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
@@ -62,13 +61,6 @@ def darkroom_env() -> dict[str, str]:
     """Our environment without settings of Darkroom; the checkout is found from wherever a process starts."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("DARKROOM_")}
     return plain | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def children_of(parent: int) -> list[int]:
@@ -89,20 +81,6 @@ def command_of(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
     except (FileNotFoundError, ProcessLookupError):
         return ""
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
-
-
-@pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder with random weights whose card allows 64x64."""
-    return save_tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.e2e.conftest import ROOT, Up, children_of, darkroom_env, is_alive, wait_until
+from tests.e2e.conftest import ROOT, Up, children_of, darkroom_env
+from tests.processes import is_alive, wait_until
 
 pytestmark = [
     pytest.mark.e2e,

@@ -167,6 +167,16 @@ def test_a_task_past_its_deadline_fails_and_says_how_far_it_came() -> None:
     )
 
 
+def test_a_late_task_that_is_also_asked_to_stop_has_failed() -> None:
+    clock = {"now": 0.0}
+    bench = Bench(now=lambda: clock["now"])
+    task = bench.submit(steps=50)
+    clock["now"] = task.job.deadline + 1
+    task.cancel()
+    bench.drain()
+    assert task.outcome == "failed"
+
+
 def test_a_job_of_a_model_that_is_not_held_fails() -> None:
     bench = Bench()
     task = bench.submit(model="other")

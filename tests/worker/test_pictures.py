@@ -43,6 +43,14 @@ def test_exif_says_what_made_the_picture(fmt: OutputFormat) -> None:
     assert exif[USER_COMMENT].removeprefix(b"UNICODE\0").decode("utf-16-be") == parameters(job, 0)
 
 
+def test_exif_of_prompts_longer_than_a_jpeg_can_hold_is_cut_but_keeps_the_numbers() -> None:
+    job = make_job(output=Output(format="jpeg"), prompt="\N{CAMERA}" * 10_000, negative_prompt="\N{CAMERA}" * 10_000)
+    exif = Image.open(io.BytesIO(encode(PIXELS, job, 0))).getexif().get_ifd(EXIF_IFD)
+    comment = exif[USER_COMMENT].removeprefix(b"UNICODE\0").decode("utf-16-be")
+    assert comment.startswith("\N{CAMERA}")
+    assert comment.endswith(parameters(job, 0).splitlines()[-1])
+
+
 @pytest.mark.parametrize("fmt", get_args(OutputFormat))
 def test_metadata_none_leaves_no_trace_of_the_prompt(fmt: OutputFormat) -> None:
     data = encode(PIXELS, make_job(output=Output(format=fmt, metadata="none"), prompt="secret garden"), 0)

@@ -19,6 +19,7 @@ import redis
 from PIL import Image
 
 from tests.conftest import Valkey
+from tests.processes import wait_until
 from tests.worker.jobs import make_job
 from worker.contract.errors import QueueUnavailable
 from worker.contract.job import TERMINAL, Job, JobView
@@ -46,7 +47,7 @@ class Process:
             **env,
         }
         with self.log.open("w") as log:
-            self.popen = subprocess.Popen([sys.executable, "-m", "worker.main"], env=self.env, stderr=log)
+            self.popen = subprocess.Popen([sys.executable, "-m", "worker"], env=self.env, stderr=log)
 
     def end(self) -> int:
         """Ask it to stop; gives the exit status."""
@@ -163,8 +164,16 @@ async def test_redis_may_be_silent_for_a_while(queue: JobQueue, worker: Process,
     assert (await ended(queue, job, worker)).status == "succeeded"
 
 
+async def test_a_redis_that_lost_everything_soon_knows_the_models_again(
+    queue: JobQueue, worker: Process, server: Valkey
+) -> None:
+    with redis.Redis.from_url(server.url) as client:
+        client.flushall()
+    await until(queue.cards, lambda cards: "tiny" in cards, worker)
+
+
 async def test_an_idle_worker_is_quiet(queue: JobQueue, worker: Process, server: Valkey) -> None:
-    seconds = 4
+    seconds = 2.5  # a heartbeat at least
     with redis.Redis.from_url(server.url) as client:
         before = client.info("stats")["total_commands_processed"]
         await asyncio.sleep(seconds)
@@ -208,4 +217,16 @@ def test_a_worker_that_cannot_load_its_model_says_why_in_words(
     assert process.popen.wait(DEADLINE_S) == 2
     log = process.log.read_text()
     assert "/nowhere" in log
+    assert "Traceback" not in log
+
+
+def test_a_worker_told_to_stop_while_it_loads_ends_at_once_and_well(
+    redis_url: str, tmp_path: Path, tiny_bundle: Path
+) -> None:
+    models = ",".join(f"tiny{n}={tiny_bundle}" for n in range(20))
+    process = Process(redis_url, tmp_path, tiny_bundle, DARKROOM_MODELS=models)
+    wait_until(lambda: '"loading"' in process.log.read_text())
+    assert process.end() == 0
+    log = process.log.read_text()
+    assert "told to stop before it was ready" in log
     assert "Traceback" not in log

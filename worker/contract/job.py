@@ -115,7 +115,7 @@ class Result:
     pictures: tuple[Picture, ...] = ()
     failure: Failure | None = None
     warnings: tuple[str, ...] = ()
-    timings: dict[str, float] = field(default_factory=dict)  # seconds by stage: encode, denoise, decode, store
+    timings: dict[str, float] = field(default_factory=dict)  # seconds by stage: text_encode, noise, denoise, vae_decode
     expires_at: float | None = None  # Unix seconds; when the pictures go
 
     def to_json(self) -> str:

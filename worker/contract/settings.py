@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, RedisDsn
+from pydantic import Field, RedisDsn, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DAY_S = 86_400
@@ -24,3 +24,13 @@ class ContractSettings(BaseSettings):
         default=7 * DAY_S, ge=60, description="seconds that a job's record is kept once ended"
     )
     queue_bound: int = Field(default=1000, ge=1, description="jobs that may wait per model and priority")
+
+
+def complaints(error: ValidationError) -> str:
+    """A line for each setting that is wrong, by the name of its variable."""
+    lines = []
+    for wrong in error.errors():
+        name = "_".join(str(part) for part in wrong["loc"])
+        shown = "" if name == "redis_url" else f" is {wrong['input']!r}"  # a url may hold a password
+        lines.append(f"DARKROOM_{name.upper()}{shown}: {wrong['msg']}")
+    return "\n".join(lines)

@@ -128,8 +128,10 @@ def test_folder_that_cannot_be_written_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     store = FolderStore(tmp_path / "file")
     for call in (store.check, lambda: store.put(KEY, b"x")):
-        with pytest.raises(StoreUnavailable, match="the picture store is not reachable right now"):
+        with pytest.raises(StoreUnavailable, match="the picture store is not reachable right now") as refused:
             call()
+        assert str(tmp_path) not in str(refused.value)
+        assert str(tmp_path) in str(refused.value.__cause__)
 
 
 def test_check_makes_the_folder_and_leaves_nothing_in_it(store, tmp_path):
