@@ -86,7 +86,7 @@ def vae_config_from(path: Path) -> VAEConfig:
         latent_channels=config.number("latent_channels", 4),
         groups=config.number("norm_num_groups", 32),
         scale=float(config.number("scaling_factor", 0.18215, kind=(int, float))),
-        shift=float(config.number("shift_factor", 0.0, kind=(int, float), null=0.0)),
+        shift=float(config.number("shift_factor", 0.0, kind=(int, float), null=0.0, signed=True)),
     )
 
 
@@ -110,13 +110,20 @@ class _Config:
         return value
 
     def number(
-        self, key: str, default: Any, *, kind: type[int] | tuple[type[int], type[float]] = int, null: Any = None
+        self,
+        key: str,
+        default: Any,
+        *,
+        kind: type[int] | tuple[type[int], type[float]] = int,
+        null: Any = None,
+        signed: bool = False,
     ) -> Any:
         value: Any = self.data.get(key, default)
         if value is None and null is not None:
             return null
-        if isinstance(value, bool) or not isinstance(value, kind) or value < 0:
-            raise CheckpointError(f"{self.path}: {key} is {value!r}, expected a number, not negative")
+        if isinstance(value, bool) or not isinstance(value, kind) or (value < 0 and not signed):
+            expected = "a number" if signed else "a number, not negative"
+            raise CheckpointError(f"{self.path}: {key} is {value!r}, expected {expected}")
         return value
 
     def numbers(self, key: str, default: list[int]) -> list[int]:
