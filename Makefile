@@ -5,8 +5,8 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-PROMPT ?= a red circle on the left and a blue square on the right, white background
-SEED   ?= 7
+PROMPT ?= a red circle to the left of a blue square, on a white background
+SEED   ?= 2
 OUTPUT ?= demo.png
 
 .DEFAULT_GOAL := help

@@ -1,0 +1,64 @@
+"""The README's shell examples, run word for word against a whole stack with the demo's real weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.e2e.conftest import ROOT, Up
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(not shutil.which("curl") and "CI" not in os.environ, reason="the examples use curl"),
+]
+
+EXAMPLES = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    up = Up(tmp_path_factory.mktemp("demo"), "demo")
+    up.wait_until_said("Darkroom is ready")
+    yield up
+    up.stop()
+
+
+def test_the_readme_leads_from_a_prompt_to_its_picture_and_cancels_a_job(demo: Up, tmp_path: Path) -> None:
+    script = "\n".join(EXAMPLES).replace("http://127.0.0.1:8000", demo.url)
+    ran = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    assert ran.returncode == 0, ran.stderr
+    generation = json.loads((tmp_path / "generation.json").read_text())
+    assert generation["status"] == "succeeded", generation
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size == (512, 512)
+        assert background(picture) == "blue"  # what the example's prompt says
+        assert "red" in colours(picture)
+    seen, end = json.JSONDecoder().raw_decode(ran.stdout)  # curl ends no lines
+    canceled = json.loads(ran.stdout[end:])
+    assert seen["id"] == canceled["id"]
+    assert canceled["status"] == "canceled" or canceled["cancel_requested"]
+
+
+def colours(picture: Image.Image) -> set[str]:
+    """Which of red, green and blue outweigh the other two somewhere in the picture, by far."""
+    red, green, blue = (0, 0, 0)
+    for r, g, b in picture.convert("RGB").resize((32, 32)).get_flattened_data():
+        red, green, blue = red + (r > 2 * max(g, b)), green + (g > 2 * max(r, b)), blue + (b > 2 * max(r, g))
+    return {name for name, count in (("red", red), ("green", green), ("blue", blue)) if count > 10}
+
+
+def background(picture: Image.Image) -> str:
+    """The strongest of red, green and blue in all four corners."""
+    corners = [(8, 8), (503, 8), (8, 503), (503, 503)]
+    (strongest,) = {("red", "green", "blue")[max(range(3), key=picture.getpixel(at).__getitem__)] for at in corners}
+    return strongest
