@@ -14,7 +14,7 @@ from model.training.demo import T5_LENGTH, TextTower
 from model.training.sheets import contact_sheet
 from model.vae import VAE
 
-STEPS, GUIDANCE, SHIFT = 20, 4.0, 3.0
+STEPS, GUIDANCE, SHIFT = 16, 4.0, 3.0
 
 PROMPTS = (
     "a red circle on a blue background",
