@@ -86,9 +86,8 @@ class Engine:
         self._ended, self._now = ended, now
         self._inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._tasks: list[Task] = []
-        self._waiting: list[
-            Child
-        ] = []  # in the order in which their work came up, so that nobody waits for a whole job
+        # In the order in which their work came up, so that nobody waits for a whole job.
+        self._waiting: list[Child] = []
 
     def submit(self, task: Task) -> None:
         """Hand a task to the engine; from any thread."""

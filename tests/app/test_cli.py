@@ -223,7 +223,10 @@ def test_generate_refuses_a_bad_output_before_any_work(server: FakeServer, optio
 def test_ctrl_c_cancels_the_job(server: FakeServer, tmp_path: Path) -> None:
     server.views = [view("running", progress={"step": 1, "steps": 100})]
     argv = [sys.executable, "-m", "app.cli", "generate", "x", "--url", server.url, "--output", str(tmp_path)]
+    # Where the tests run in the background SIGINT is ignored, and children inherit that.
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, kept)
     with process:
         assert server.viewed.wait(30)
         process.send_signal(signal.SIGINT)
