@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import redis.asyncio
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -19,6 +20,7 @@ from app.main import create_app
 from app.settings import GatewaySettings
 from tests.app.conftest import client_of
 from tests.app.fake_worker import FakeWorker
+from tests.worker.jobs import make_job
 from worker.contract.queue import JobQueue
 
 ASKED = {"model": "tiny", "prompt": "a red circle"}
@@ -222,15 +224,14 @@ def test_log_for_people_has_the_traceback_but_no_variables() -> None:
 
 
 async def test_jobs_past_their_deadline_are_ended_though_nobody_looks(settings: GatewaySettings) -> None:
-    asked = asyncio.Event()
-
-    class Watched(JobQueue):
-        async def expire(self) -> int:
-            asked.set()
-            return await super().expire()
-
-    queue = Watched.connect(settings)
-    app = create_app(settings, queue)
-    async with app.router.lifespan_context(app), asyncio.timeout(10):
-        await asked.wait()
+    late = make_job(deadline_s=-1)
+    queue = JobQueue.connect(settings)
+    await queue.submit(late)
+    async with redis.asyncio.Redis.from_url(str(settings.redis_url)) as seen:  # `view` would end it itself
+        assert await seen.hget(f"rq:job:{late.id}", "status") == b"queued"
+        app = create_app(settings, queue)
+        async with app.router.lifespan_context(app), asyncio.timeout(10):
+            while await seen.hget(f"rq:job:{late.id}", "status") != b"failed":
+                await asyncio.sleep(0.01)
+        assert (await queue.view(late.id)).status == "failed"
     await queue.close()
