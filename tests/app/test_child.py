@@ -16,11 +16,10 @@ from tests.processes import is_alive, wait_until
 FOREVER = "import time\nprint('up', flush=True)\ntime.sleep(600)"
 DEAF = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + FOREVER
 PARENT = f"""
-import sys
+import signal, sys
 from app.child import Child
-child = Child("deaf", [sys.executable, "-c", {DEAF!r}])
-print(child.pid, flush=True)
-child.stop(600)
+print(Child("orphan", [sys.executable, "-c", {FOREVER!r}]).pid, flush=True)
+signal.pause()
 """
 
 
