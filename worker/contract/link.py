@@ -14,8 +14,8 @@ from redis.retry import Retry
 
 from worker.contract.errors import QueueUnavailable
 
-CONNECT_TIMEOUT_S = 0.5
-ANSWER_TIMEOUT_S = 1.0
+CONNECT_TIMEOUT_S = 2.0
+ANSWER_TIMEOUT_S = 2.0
 
 
 def link_options() -> dict[str, Any]:

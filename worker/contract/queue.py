@@ -35,8 +35,8 @@ RETRY_AFTER_S = 10
 
 EXPIRE_AT_MOST = 200
 
-MAX_CONNECTIONS = 64
-CONNECTION_WAIT_S = 2.0
+MAX_CONNECTIONS = 32
+CONNECTION_WAIT_S = 5.0
 """A burst of requests waits so long for a connection; the client's plain pool would fail at once."""
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
