@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from random import Random
 
-from model.training.scenes import Background, Scene, Thing
+from model.training.scenes import OF_THE_GROUND, Background, Scene, Thing
 
 SHAPE_WORDS: dict[str, tuple[str, ...]] = {
     "circle": ("circle", "circle", "circle", "disc", "ball", "round shape"),
@@ -16,6 +17,10 @@ SHAPE_WORDS: dict[str, tuple[str, ...]] = {
     "sun": ("sun",),
     "cloud": ("cloud",),
     "flower": ("flower", "flower", "blossom"),
+    "tree": ("tree",),
+    "house": ("house", "house", "cottage"),
+    "mountain": ("mountain",),
+    "boat": ("boat", "boat", "boat", "sailing boat", "sailboat"),
 }
 COLOUR_WORDS: dict[str, tuple[str, ...]] = {
     "purple": ("purple", "purple", "violet"),
@@ -60,32 +65,81 @@ LANDSCAPE_WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # after
         ("a meadow", "green hills", "a green meadow under a blue sky", "meadow"),
     ),
 }  # fmt: skip
-OPENINGS = (
-    "a picture of ",
-    "a drawing of ",
-    "an illustration of ",
-    "an image of ",
-    "a flat illustration of ",
-    "there is ",
-)
+AMONG_THE_STARS = frozenset({"in the night sky", "in a starry sky", "on a night sky"})
+"""What can be said of nothing that stands on the ground."""
+
+STYLE_WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # before the rest, and after it
+    "flat": (
+        ("a flat illustration of ", "flat illustration of ", "a flat drawing of "),
+        (", flat illustration", ", flat design", " in a flat style"),
+    ),
+    "line": (
+        ("a line drawing of ", "line drawing of ", "line art of ", "an outline drawing of "),
+        (", line art", ", line drawing", " as a line drawing"),
+    ),
+    "pixel": (
+        ("pixel art of ", "a pixel art picture of ", "a pixel drawing of "),
+        (", pixel art", " in pixel art style", " as pixel art"),
+    ),
+    "watercolour": (
+        ("a watercolour painting of ", "a watercolor painting of ", "a watercolour of ", "watercolor of "),
+        (", watercolour", ", watercolor painting", " in watercolour", " as a watercolor"),
+    ),
+    "shaded": (
+        ("a 3D render of ", "3D render of ", "a 3D rendering of ", "a 3D model of "),
+        (", 3D render", " in 3D", ", 3D style"),
+    ),
+}
+STYLE_SAID = {"flat": 0.12}
+STYLE_SAID_ELSE = 0.85
+OPENINGS = ("a picture of ", "an image of ", "there is ")
+
+
+@dataclass(frozen=True)
+class _Detail:
+    """How much a caption tells."""
+
+    colours: float = 0.95  # how often a thing's colour is named
+    background: float = 0.9  # how often the background is
+    places: bool = True  # and sizes, and which thing is where
+
+
+_FULL = _Detail()
+_LEAN = (_Detail(colours=0.0), _Detail(background=0.0), _Detail(0.0, 0.0), _Detail(0.0, 0.0, places=False))
+_LEAN_SHARE = 0.1
 
 
 def caption(scene: Scene, rng: Random) -> str:
-    """A true sentence about the scene; it may leave out the background, a place, a size or a colour."""
-    text = _things(scene, rng)
-    if rng.random() < 0.9:
+    """A true sentence about the scene; it may leave out the style, the background, a place, a size or a colour."""
+    detail = rng.choice(_LEAN) if rng.random() < _LEAN_SHARE else _FULL
+    text, join = _things(scene, detail, rng), (", ", ": ", " with ")
+    style = _style(scene, rng)
+    before = style if style.endswith(" ") else ""
+    if not before and rng.random() < 0.1:
+        before = rng.choice(OPENINGS)
+    if rng.random() < detail.background:
         if rng.random() < 0.25:
-            text = f"{_background_first(scene.background, rng)}{rng.choice((', ', ': ', ' with '))}{text}"
-            return _finished(text, rng)
-        text = f"{text}{rng.choice((' ', ' ', ' ', ', '))}{_background_after(scene.background, rng)}"
-    if rng.random() < 0.15:
-        text = rng.choice(OPENINGS) + text
-    return _finished(text, rng)
+            first = _background_first(scene.background, rng, article=bool(before))
+            text = f"{first}{' with ' if before else rng.choice(join)}{text}"
+        else:
+            text = f"{text}{rng.choice((' ', ' ', ' ', ', '))}{_background_after(scene, rng)}"
+    return _finished(before + text if before else text + style, rng)
 
 
 def plain_caption(scene: Scene) -> str:
     """The same sentence for the same scene, always."""
     return caption(scene, Random(repr(scene)))
+
+
+def relation(first: Thing, second: Thing) -> str | None:
+    """How the first lies to the second, a key of RELATIONS; None where it is askew."""
+    across, down = second.x - first.x, second.y - first.y
+    apart = first.radius + second.radius
+    if abs(across) > max(apart, 2 * abs(down)):
+        return "left" if across > 0 else "right"
+    if abs(down) > max(apart, 2 * abs(across)):
+        return "above" if down > 0 else "below"
+    return None
 
 
 def where(thing: Thing) -> str | None:
@@ -112,56 +166,65 @@ def _finished(text: str, rng: Random) -> str:
     return text + "." if rng.random() < 0.12 else text
 
 
-def _noun(thing: Thing, rng: Random, *, sized: bool = True, article: bool = True) -> str:
+def _style(scene: Scene, rng: Random) -> str:
+    """Such as: "a 3D render of ", or ", 3D render", or nothing."""
+    if rng.random() >= STYLE_SAID.get(scene.style, STYLE_SAID_ELSE):
+        return ""
+    return rng.choice(STYLE_WORDS[scene.style][rng.random() < 0.5])
+
+
+def _noun(thing: Thing, detail: _Detail, rng: Random, *, sized: bool = True, article: bool = True) -> str:
     """Such as: a small red star. Often with its size, where there is a word for that; nearly always with its colour."""
     words = []
-    if sized and thing.size in SIZE_WORDS and rng.random() < 0.6:
+    if sized and detail.places and thing.size in SIZE_WORDS and rng.random() < 0.6:
         words.append(rng.choice(SIZE_WORDS[thing.size]))
-    if rng.random() < 0.95:
+    if rng.random() < detail.colours:
         words.append(rng.choice(colour_words(thing.colour)))
     words.append(rng.choice(SHAPE_WORDS[thing.shape]))
-    if not article:
-        return " ".join(words)
-    return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
+    return _with_article(" ".join(words)) if article else " ".join(words)
 
 
-def _things(scene: Scene, rng: Random) -> str:
+def _things(scene: Scene, detail: _Detail, rng: Random) -> str:
     if len(scene.things) == 1:
-        return _alone(scene.things[0], rng)
+        return _alone(scene.things[0], detail, rng)
     if len(scene.things) == 2:
-        return _two(scene, rng)
-    return _three(scene, rng)
+        return _two(scene, detail, rng)
+    return _three(scene, detail, rng)
 
 
-def _alone(thing: Thing, rng: Random) -> str:
-    noun = _noun(thing, rng, article=rng.random() < 0.85)
-    place = where(thing)
+def _alone(thing: Thing, detail: _Detail, rng: Random) -> str:
+    noun = _noun(thing, detail, rng, article=rng.random() < 0.88)
+    place = where(thing) if detail.places else None
     said = 0.35 if place == "centre" else 0.8
     return f"{noun} {rng.choice(PLACES[place])}" if place and rng.random() < said else noun
 
 
-def _two(scene: Scene, rng: Random) -> str:
-    first, second = scene.things
-    forward, back = {"row": ("left", "right"), "column": ("above", "below")}.get(scene.layout, ("", ""))
-    if not forward or rng.random() < 0.15:
-        things = [first, second]
-        rng.shuffle(things)
-        link = rng.choice((" and ", " and ", " with "))
-        return link.join(_noun(thing, rng) for thing in things)
+def _two(scene: Scene, detail: _Detail, rng: Random) -> str:
+    things = list(scene.things)
+    rng.shuffle(things)
+    first, second = (_noun(thing, detail, rng) for thing in things)
+    lies = relation(*things) if detail.places else None
+    if lies is None or rng.random() < 0.15:
+        return f"{first}{rng.choice((' and ', ' and ', ' with '))}{second}"
     if rng.random() < 0.15:
-        ends = ("on the left", "on the right") if scene.layout == "row" else ("at the top", "at the bottom")
-        return f"{_noun(first, rng)} {ends[0]} and {_noun(second, rng)} {ends[1]}"
-    if rng.random() < 0.5:
-        return f"{_noun(first, rng)} {rng.choice(RELATIONS[forward])} {_noun(second, rng)}"
-    return f"{_noun(second, rng)} {rng.choice(RELATIONS[back])} {_noun(first, rng)}"
+        ends = _ENDS[lies]
+        return f"{first} {ends[0]} and {second} {ends[1]}"
+    return f"{first} {rng.choice(RELATIONS[lies])} {second}"
 
 
-def _three(scene: Scene, rng: Random) -> str:
-    if scene.layout == "scattered" or rng.random() < 0.15:
-        things = list(scene.things)
-        rng.shuffle(things)
-        return _listed([_noun(thing, rng, sized=False) for thing in things])
-    names = [_noun(thing, rng, sized=False) for thing in scene.things]
+_ENDS = {
+    "left": ("on the left", "on the right"),
+    "right": ("on the right", "on the left"),
+    "above": ("at the top", "at the bottom"),
+    "below": ("at the bottom", "at the top"),
+}
+
+
+def _three(scene: Scene, detail: _Detail, rng: Random) -> str:
+    names = [_noun(thing, detail, rng, sized=False) for thing in scene.things]
+    if not detail.places or scene.layout == "scattered" or rng.random() < 0.15:
+        rng.shuffle(names)
+        return _listed(names)
     if scene.layout == "row" and rng.random() < 0.5:
         return f"{names[0]} on the left, {names[1]} in the middle and {names[2]} on the right"
     if scene.layout == "column" and rng.random() < 0.5:
@@ -191,10 +254,13 @@ def _gradient(background: Background, rng: Random) -> str:
     return rng.choice(forms)
 
 
-def _background_after(background: Background, rng: Random) -> str:
+def _background_after(scene: Scene, rng: Random) -> str:
     """Such as: on a blue background."""
+    background = scene.background
     if background.kind in LANDSCAPE_WORDS:
-        return rng.choice(LANDSCAPE_WORDS[background.kind][0])
+        grounded = any(thing.shape in OF_THE_GROUND for thing in scene.things)
+        words = LANDSCAPE_WORDS[background.kind][0]
+        return rng.choice([word for word in words if not (grounded and word in AMONG_THE_STARS)])
     if background.kind == "gradient":
         return f"{rng.choice(('on', 'over', 'in front of'))} {_with_article(_gradient(background, rng))}"
     colour = _toned(background, rng)
@@ -203,14 +269,13 @@ def _background_after(background: Background, rng: Random) -> str:
     return f"{rng.choice(('on', 'on', 'on', 'against', 'in front of'))} {_with_article(colour)} background"
 
 
-def _background_first(background: Background, rng: Random) -> str:
+def _background_first(background: Background, rng: Random, *, article: bool) -> str:
     """Such as: blue background."""
     if background.kind in LANDSCAPE_WORDS:
         return rng.choice(LANDSCAPE_WORDS[background.kind][1])
-    if background.kind == "gradient":
-        return _with_article(_gradient(background, rng)) if rng.random() < 0.5 else _gradient(background, rng)
-    colour = _toned(background, rng)
-    return f"{colour} background" if rng.random() < 0.6 else f"{_with_article(colour)} background"
+    gradient = background.kind == "gradient"
+    words = _gradient(background, rng) if gradient else f"{_toned(background, rng)} background"
+    return _with_article(words) if article or rng.random() < 0.45 else words
 
 
 def _with_article(words: str) -> str:

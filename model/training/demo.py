@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5Config, T5EncoderModel
@@ -16,13 +18,22 @@ CLIP_WIDTH = 64  # of each CLIP; one head
 T5_WIDTH = 144
 T5_LENGTH = 64  # tokens; the longest caption has about 45
 
-DEMO_VAE = VAEConfig(channels=(32, 64, 96, 96), encoder_blocks=1, groups=8, scale=1.0, shift=0.0)
-"""2.4 M parameters; decoding 512x512 takes 104 GFLOP. Scale and shift are measured after training."""
+DEMO_VAE = VAEConfig(channels=(16, 48, 96, 96), encoder_blocks=1, groups=8, scale=1.0, shift=0.0)
+"""2.2 M parameters. The widths at full and half size decide what decoding costs: 0.75 s for 512x512 on two CPU cores.
+Scale and shift are measured after training."""
 
 DEMO_MMDIT = MMDiTConfig(
     depth=5, hidden=192, heads=3, context_dim=T5_WIDTH, pooled_dim=2 * CLIP_WIDTH, pos_embed_grid=96, dual_blocks=(0, 1)
 )
-"""6.9 M parameters and a position table for sides up to 1,536 pixels."""
+"""7.0 M parameters and a position table for sides up to 1,536 pixels."""
+
+MMDITS: dict[str, MMDiTConfig] = {
+    "demo": DEMO_MMDIT,
+    "deep": replace(DEMO_MMDIT, depth=7, hidden=160, heads=5),
+    "deep-single": replace(DEMO_MMDIT, depth=7, hidden=160, heads=5, dual_blocks=()),
+    "narrow-heads": replace(DEMO_MMDIT, heads=6),
+}
+"""What else fits into the demo bundle, to be compared at equal time. See `python -m model.training flow --net`."""
 
 
 def new_mmdit(config: MMDiTConfig = DEMO_MMDIT) -> MMDiT:
@@ -44,14 +55,26 @@ def new_mmdit(config: MMDiTConfig = DEMO_MMDIT) -> MMDiT:
 class TextTower(nn.Module):
     """The three encoders as one trainable module: tokens to what TextEncoders.encode gives for their text."""
 
-    def __init__(self, tokenizers: Tokenizers, context_dim: int = T5_WIDTH) -> None:
+    def __init__(
+        self,
+        clip_l: CLIPTextModelWithProjection,
+        clip_g: CLIPTextModelWithProjection,
+        t5: T5EncoderModel,
+        tokenizers: Tokenizers,
+        context_dim: int = T5_WIDTH,
+    ) -> None:
         super().__init__()
+        self.clip_l, self.clip_g, self.t5 = clip_l, clip_g, t5
         self.tokenizers, self.context_dim = tokenizers, context_dim
-        self.clip_l = new_clip(tokenizers[0], "quick_gelu")
-        self.clip_g = new_clip(tokenizers[1], "gelu")
-        self.t5 = new_t5(tokenizers[2], context_dim)
-        with torch.no_grad():  # of CLIP-L, published models pool without a projection
-            self.clip_l.text_projection.weight.copy_(torch.eye(CLIP_WIDTH)).requires_grad_(False)
+
+    @classmethod
+    def of(cls, text: TextEncoders) -> TextTower:
+        """Loaded encoders, which must be all three."""
+        assert text.t5 is not None
+        assert text.t5_tokenizer is not None
+        wrappers = (text.clip_l_tokenizer, text.clip_g_tokenizer, text.t5_tokenizer)
+        clip_l, clip_g, t5 = (wrapper.tokenizer for wrapper in wrappers)
+        return cls(text.clip_l, text.clip_g, text.t5, (clip_l, clip_g, t5), text.context_dim)
 
     def encoders(self) -> TextEncoders:
         """The same modules, as the pipeline takes them."""
@@ -87,9 +110,13 @@ class Reader:
         return tuple(tokenizer(text, length).ids for tokenizer, length in self.lengths)
 
 
-def new_tower() -> TextTower:
-    """The demo's encoders with random weights, and its tokenizers."""
-    return TextTower(demo_tokenizers())
+def new_tower(tokenizers: Tokenizers | None = None) -> TextTower:
+    """The demo's encoders with random weights; without tokenizers with those of the drawings."""
+    tokenizers = tokenizers or demo_tokenizers()
+    clip_l, clip_g = new_clip(tokenizers[0], "quick_gelu"), new_clip(tokenizers[1], "gelu")
+    with torch.no_grad():  # of CLIP-L, published models pool without a projection
+        clip_l.text_projection.weight.copy_(torch.eye(CLIP_WIDTH)).requires_grad_(False)
+    return TextTower(clip_l, clip_g, new_t5(tokenizers[2], T5_WIDTH), tokenizers)
 
 
 def new_clip(tokenizer: PreTrainedTokenizerBase, activation: str) -> CLIPTextModelWithProjection:

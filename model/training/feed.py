@@ -1,100 +1,136 @@
-"""Scenes and captions from a few processes, so that Python never holds up the device."""
+"""Pictures and captions from a few processes, so that Python never holds up the device."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from random import Random
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from model.training.captions import caption
-from model.training.drawing import pack
-from model.training.scenes import Scene, sample_scene
+from model.training.sources import HELD_OUT_SEEDS, Frame, Source
 
-CHUNK = 64
-HELD_OUT_SEEDS = 1 << 40
-"""Scenes from this seed on are for looking and measuring, never for training."""
+__all__ = ["HELD_OUT_SEEDS", "Batch", "Captioned", "Chunk", "Feed", "Reading", "Tokenize", "first_seed"]
+
+AHEAD = 3
+"""Chunks that each process may have ready."""
 
 Tokenize = Callable[[str], tuple[list[int], ...]]
+Chunk = tuple[np.ndarray, ...]
+"""Pictures and what belongs to them (tokens, labels), one row a picture, as they travel between processes."""
+
+
+class Reading(Protocol):
+    """What a process does for a feed; it is sent there once."""
+
+    def chunk(self, frame: Frame) -> int:
+        """How many pictures to read at once."""
+
+    def __call__(self, seeds: range, frame: Frame) -> Chunk:
+        """The pictures of some seeds."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed scenes, shape = (batch, drawing.WIDTH), and their captions' tokens for each encoder, (batch, length)."""
+    """Pictures as they were read, one row each, and their captions' tokens for each encoder, (batch, length)."""
 
-    scenes: Tensor
+    rows: Tensor
     tokens: tuple[Tensor, ...] = ()
 
-    def rows(self, start: int, stop: int | None) -> Batch:
-        """Some of the scenes."""
-        return Batch(self.scenes[start:stop], tuple(ids[start:stop] for ids in self.tokens))
+    def part(self, start: int, stop: int | None) -> Batch:
+        """Some of the pictures."""
+        return Batch(self.rows[start:stop], tuple(ids[start:stop] for ids in self.tokens))
 
 
-Chunk = tuple[np.ndarray, ...]
-"""Packed scenes and tokens between processes: as plain bytes, for shared tensors would each hold a file open."""
+def first_seed(seed: int, begin: float = 0.0) -> int:
+    """Where a leg's pictures begin: every seed, and every leg of one, has pictures of its own."""
+    return ((seed % 256) << 32) + int(begin * 2**30)
 
 
-class SceneStream(IterableDataset[Chunk]):
-    """Endless chunks of training scenes; each process has seeds of its own."""
+@dataclass(frozen=True)
+class Captioned:
+    """Reads a source's pictures and, with `tokenize`, their captions' tokens."""
 
-    def __init__(self, seed: int, tokenize: Tokenize | None = None, dropout: float = 0.0) -> None:
-        self.seed, self.tokenize, self.dropout = seed, tokenize, dropout
+    source: Source
+    tokenize: Tokenize | None = None
 
-    def __iter__(self) -> Iterator[Chunk]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        seed = self.seed + worker
-        while True:
-            scenes = [sample_scene((seed + n * workers) % HELD_OUT_SEEDS) for n in range(CHUNK)]
-            seed += CHUNK * workers
-            yield pack(scenes).numpy(), *self._tokens(scenes, Random(seed))
+    def chunk(self, frame: Frame) -> int:
+        """As the source has it."""
+        return self.source.chunk(frame)
 
-    def _tokens(self, scenes: list[Scene], rng: Random) -> Chunk:
+    def __call__(self, seeds: range, frame: Frame) -> Chunk:
+        """One chunk."""
+        rows, captions = self.source.read(seeds, frame)
         if self.tokenize is None:
-            return ()
-        captions = ["" if rng.random() < self.dropout else caption(scene, rng) for scene in scenes]
-        rows = zip(*(self.tokenize(text) for text in captions), strict=True)
-        return tuple(np.array(row, dtype=np.int32) for row in rows)
+            return (rows,)
+        columns = zip(*map(self.tokenize, captions), strict=True)
+        return rows, *(np.array(column, dtype=np.int32) for column in columns)
 
 
 class Feed:
-    """Batches of any size out of the stream's chunks."""
+    """Endless pictures from a seed on, in batches of any size; each frame's are read ahead.
 
-    def __init__(self, stream: SceneStream, processes: int | None = None) -> None:
-        if processes is None:
-            processes = min(12, max(0, (os.cpu_count() or 1) - 2))
+    processes : that read; None for as many as the machine has room for, 0 for none but this one
+    """
+
+    def __init__(self, reading: Reading, seed: int, processes: int | None = None) -> None:
+        self.reading, self.seed = reading, seed
+        self.processes = min(14, max(0, (os.cpu_count() or 1) - 2)) if processes is None else processes
+        self._rest: dict[Frame, Batch] = {}
+        self._ahead: dict[Frame, deque[Future[Chunk]]] = {}
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizers' threads do not survive a fork
-        # Forked: a fresh interpreter each would import torch and transformers a dozen times at once.
-        context = "fork" if processes else None
-        loader = DataLoader(
-            stream,
-            batch_size=None,
-            num_workers=processes,
-            prefetch_factor=4 if processes else None,
-            collate_fn=_unchanged,  # type: ignore[arg-type]
-            multiprocessing_context=context,
-        )
-        self._chunks = iter(loader)
-        self._rest: Batch | None = None
+        self._pool: ProcessPoolExecutor | None = None
+        if self.processes:
+            # Forked: a fresh interpreter each would import torch and transformers a dozen times at once.
+            context = multiprocessing.get_context("fork")
+            self._pool = ProcessPoolExecutor(self.processes, context, _begin, (self.reading,))
 
-    def take(self, count: int) -> Batch:
-        """The next `count` scenes."""
-        parts = [self._rest] if self._rest else []
-        while sum(len(part.scenes) for part in parts) < count:
-            scenes, *tokens = map(torch.from_numpy, next(self._chunks))
-            parts.append(Batch(scenes, tuple(tokens)))
+    def take(self, count: int, frame: Frame) -> Batch:
+        """The next `count` pictures of a frame. Errors: those of reading."""
+        parts = [self._rest.pop(frame)] if frame in self._rest else []
+        while sum(len(part.rows) for part in parts) < count:
+            rows, *tokens = map(torch.from_numpy, self._chunk(frame))
+            parts.append(Batch(rows, tuple(tokens)))
         whole = Batch(
-            torch.cat([part.scenes for part in parts]),
+            torch.cat([part.rows for part in parts]),
             tuple(torch.cat(column) for column in zip(*(part.tokens for part in parts), strict=True)),
         )
-        self._rest = whole.rows(count, None) if len(whole.scenes) > count else None
-        return whole.rows(0, count)
+        if len(whole.rows) > count:
+            self._rest[frame] = whole.part(count, None)
+        return whole.part(0, count)
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._pool:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _chunk(self, frame: Frame) -> Chunk:
+        if self._pool is None:
+            return self.reading(self._seeds(frame), frame)
+        ahead = self._ahead.setdefault(frame, deque())
+        while len(ahead) < AHEAD * self.processes:
+            ahead.append(self._pool.submit(_read, self._seeds(frame), frame))
+        return ahead.popleft().result()
+
+    def _seeds(self, frame: Frame) -> range:
+        first = self.seed
+        self.seed += self.reading.chunk(frame)
+        return range(first, self.seed)
 
 
-def _unchanged(chunk: Chunk) -> Chunk:
-    return chunk
+_reading: list[Reading] = []  # of a process of the pool: sent once, by the fork
+
+
+def _begin(reading: Reading) -> None:
+    torch.set_num_threads(1)
+    _reading[:] = [reading]
+
+
+def _read(seeds: range, frame: Frame) -> Chunk:
+    return _reading[0](seeds, frame)

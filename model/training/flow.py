@@ -3,55 +3,48 @@
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.config import MMDiTConfig
-from model.mmdit import MMDiT
-from model.training.demo import DEMO_MMDIT, T5_LENGTH, Reader, TextTower, new_mmdit, new_tower
-from model.training.drawing import draw
-from model.training.feed import Batch, Feed, SceneStream
+from model.training.compiling import load_compiled, save_compiled
+from model.training.demo import DEMO_MMDIT
+from model.training.feed import Captioned, Feed, first_seed
 from model.training.loop import (
     Average,
     Leg,
-    Log,
     device_name,
     finite,
     learning_rate,
-    load_shards,
     read_record,
     save_shards,
     write_record,
 )
+from model.training.muon import new_optimizers
+from model.training.net import (
+    FlowNet,
+    bundle_net,
+    load_average,
+    new_net,
+    restore,
+    run_net,
+    save_tokenizers,
+    saved_tokenizers,
+)
+from model.training.plan import Phase, Plan, demo_plan, phase_at
 from model.training.reconstruction import load_vae
+from model.training.reservoir import Encoder, Reservoir
 from model.training.samples import write_samples
 from model.training.scenes import DATA_VERSION
-from model.vae import VAE
+from model.training.sources import Drawings, Source
+from model.training.tokenizers import count_words, tokenizers_of
+from model.training.validation import Validation
 
-Size = tuple[int, int, int]  # height, width, batch
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A part of the schedule: until which fraction, on which sizes (one a step), with which timestep shift."""
-
-    until: float
-    sizes: tuple[Size, ...]
-    shift: float
-
-
-# Where a picture's colours and places are decided: the larger it is, the more noise leaves them visible, so the larger
-# the shift must be for the training to see the levels that decide. Small pictures first: they are four times as many.
-PLAN = (
-    Phase(0.45, ((256, 256, 256),), 3.0),
-    Phase(1.00, ((512, 512, 64), (512, 512, 64), (512, 512, 64), (512, 768, 42), (768, 512, 42)), 5.0),
-)
+__all__ = ["FlowNet", "FlowTraining", "Run", "load_average", "new_net", "restore", "train_flow"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,91 +52,63 @@ class FlowTraining:
     """The settings of a run."""
 
     out: Path
-    vae: Path
+    vae: Path  # a run's folder or a bundle
     minutes: float
     config: MMDiTConfig = DEMO_MMDIT
-    plan: tuple[Phase, ...] = PLAN
+    start: Path | None = None  # a bundle to train further
+    source: Source = field(default_factory=Drawings)
+    plan: Plan = field(default_factory=demo_plan)
+    optimizer: str = "muon"  # muon | adamw
     peak: float = 1.5e-3  # learning rate
-    warmup: int = 200  # steps
+    warmup: int = 200  # steps; a quarter of it after a resume
     average: float = 0.999
     dropout: float = 0.1  # share of captions that are left empty, for guidance
     uniform: float = 0.2  # share of noise levels drawn evenly, so that the lowest are learnt too
-    reuse: int = 2  # how often a drawn and encoded picture is trained on, each time with other noise
+    reuse: float = 4.0  # how often a drawn and encoded picture is trained on, each time with other noise
+    memory: int = 12_000_000_000  # bytes for encoded pictures
     seed: int = 1
     begin: float = 0.0
     end: float = 1.0
     resume: Path | None = None
+    cache: Path | None = None  # folder of what was compiled
     compiled: bool = True
     processes: int | None = None
-    samples: bool = True
-
-    def phase(self, fraction: float) -> Phase:
-        """The phase at a fraction of the schedule."""
-        return next((phase for phase in self.plan if fraction < phase.until), self.plan[-1])
+    pictures: int | None = None  # of the validation; None for as many as the device measures soon
+    prompts: tuple[str, ...] | None = None  # of the sample sheets: None for the drawings', empty for no sheets
 
 
 def train_flow(settings: FlowTraining, device: torch.device) -> dict[str, float]:
     """Trains and writes weights, sample sheets and training.json to `settings.out`; returns the measures."""
-    leg = Leg.start(settings.minutes, 30 if settings.samples else 5, (settings.begin, settings.end), device)
-    log = leg.log
+    leg = Leg.start(settings.minutes, 28 if settings.prompts != () else 8, (settings.begin, settings.end), device)
     torch.manual_seed(settings.seed)
-    net = FlowNet(new_mmdit(settings.config), new_tower()).to(device)
+    net = first_net(settings).to(device)
     average = Average(net, settings.average)
     if settings.resume:
         restore(average, settings.resume)
+    load_compiled(settings.cache, leg.log)
     vae = load_vae(settings.vae, device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    log.say(f"{net.count:,} parameters on {device_name(device)}")
-    measures = Run(settings, net, average, vae, leg).loop()
-    average.swap()
-    finish(settings, net, average, measures, log)
-    if settings.samples:
+    leg.log.say(f"{net.count:,} parameters on {device_name(device)}, {settings.source.name}")
+    run = Run(settings, net, average, Encoder(settings.source, vae, leg, settings.compiled), leg)
+    measures = run.loop()
+    run.save(measures)
+    save_compiled(settings.cache, leg.log)
+    if settings.prompts != ():
+        average.swap()
         with torch.compiler.set_stance("force_eager"):
-            write_samples(net.mmdit, vae, net.tower, settings.out)
-        log.say(f"samples after {leg.clock.elapsed:.0f} s")
+            write_samples(net, vae, settings.out, settings.prompts)
+        leg.log.say(f"samples after {leg.clock.elapsed:.0f} s")
     return measures
 
 
-class FlowNet(nn.Module):
-    """All that flow matching trains."""
-
-    def __init__(self, mmdit: MMDiT, tower: TextTower) -> None:
-        super().__init__()
-        self.mmdit, self.tower = mmdit, tower
-
-    @property
-    def count(self) -> int:
-        """Parameters."""
-        return sum(p.numel() for p in self.parameters())
-
-    def forward(self, latents: Tensor, noise: Tensor, sigma: Tensor, tokens: tuple[Tensor, ...]) -> Tensor:
-        """The flow matching loss, a scalar. Latents and noise: shape = (batch, 16, h/8, w/8); sigma: (batch,)."""
-        context, pooled = self.tower(*tokens)
-        level = sigma[:, None, None, None]
-        velocity = self.mmdit((1 - level) * latents + level * noise, 1000 * sigma, context, pooled)
-        return F.mse_loss(velocity.float(), noise - latents)
-
-
-def new_net(config: MMDiTConfig = DEMO_MMDIT) -> FlowNet:
-    """Random weights."""
-    return FlowNet(new_mmdit(config), new_tower())
-
-
-def restore(average: Average, folder: Path) -> None:
-    """Into the average and the weights that it follows, those of an earlier leg's folder."""
-    state = load_shards(folder, "live")
-    with torch.no_grad():
-        for name, parameter in zip(average.names, average.live, strict=True):
-            parameter.copy_(state[name])
-    average.load(load_shards(folder, "flow"))
-
-
-def load_average(net: FlowNet, folder: Path) -> None:
-    """The averaged weights of a run, in place."""
-    state = load_shards(folder, "flow")
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(state[name])
+def first_net(settings: FlowTraining) -> FlowNet:
+    """An earlier leg's net (its weights yet to be restored), a bundle's, or a new one."""
+    if settings.resume:
+        return run_net(settings.resume)
+    if settings.start:
+        return bundle_net(settings.start)
+    if isinstance(settings.source, Drawings):
+        return new_net(settings.config)
+    return new_net(settings.config, tokenizers_of(count_words(settings.source.captions())))
 
 
 def sample_sigma(count: int, shift: float, uniform: float, device: torch.device) -> Tensor:
@@ -154,70 +119,51 @@ def sample_sigma(count: int, shift: float, uniform: float, device: torch.device)
     return torch.where(torch.rand(count, device=device) < uniform, even, shifted)
 
 
-class Latents:
-    """Pictures, encoded, with their captions' tokens; each is handed out `reuse` times."""
+class Dropout:
+    """Leaves out captions: their tokens become those of the empty one."""
 
-    def __init__(self, settings: FlowTraining, vae: VAE, feed: Feed, leg: Leg) -> None:
-        self.settings, self.vae, self.feed, self.leg = settings, vae, feed, leg
-        self.pools: dict[Size, deque[tuple[int, Batch, Tensor]]] = {}
-        self.encoder: Callable[[Tensor], Tensor] = vae.encoder
-        if settings.compiled:
-            self.encoder = torch.compile(vae.encoder, dynamic=False)
+    def __init__(self, read: Callable[[str], tuple[list[int], ...]], share: float, device: torch.device) -> None:
+        self.share, self.empty = share, tuple(torch.tensor(ids, device=device) for ids in read(""))
 
-    def take(self, size: Size) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Latents of shape = (batch, 16, h/8, w/8) as the MMDiT sees them, and tokens, on the device."""
-        pool = self.pools.setdefault(size, deque())
-        if len(pool) < 8 or self.settings.reuse < 2:
-            batch = self.feed.take(size[2])
-            uses, latents = self.settings.reuse, self._encode(batch, size)
-        else:
-            uses, batch, latents = pool.popleft()
-        if uses > 1:
-            pool.append((uses - 1, batch, latents))
-        return latents, tuple(ids.to(self.leg.device, torch.long, non_blocking=True) for ids in batch.tokens)
-
-    @torch.no_grad()
-    def _encode(self, batch: Batch, size: Size) -> Tensor:
-        height, width, _ = size
-        pixels = draw(batch.scenes, height, width, self.leg.device).contiguous(memory_format=torch.channels_last)
-        # Compiling pays for the sizes that come most often.
-        encoder = self.encoder if height == width else self.vae.encoder
-        with self.leg.autocast():
-            try:
-                moments = encoder(pixels)
-            except Exception as problem:  # a compiler's errors have no common type
-                if encoder is self.vae.encoder:
-                    raise
-                self.leg.log.say(f"encoding without torch.compile: {type(problem).__name__}: {str(problem)[:300]}")
-                self.encoder = self.vae.encoder
-                moments = self.encoder(pixels)
-        return self.vae.to_model(moments.chunk(2, dim=1)[0].float())
+    def __call__(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Tokens of each encoder, shape = (batch, length); the same captions are left out for all."""
+        gone = torch.rand(len(tokens[0]), 1, device=tokens[0].device) < self.share
+        return tuple(torch.where(gone, empty, ids) for empty, ids in zip(self.empty, tokens, strict=True))
 
 
 class Run:
     """The training loop and what it holds."""
 
-    def __init__(self, settings: FlowTraining, net: FlowNet, average: Average, vae: VAE, leg: Leg) -> None:
+    def __init__(self, settings: FlowTraining, net: FlowNet, average: Average, encoder: Encoder, leg: Leg) -> None:
         self.settings, self.net, self.average, self.leg = settings, net, average, leg
         self.clock, self.log, self.device = leg.clock, leg.log, leg.device
         self.random = random.Random(settings.seed)
         self.peak, self.step_count, self.pictures = settings.peak, 0, 0
-        self.optimizer = self._new_optimizer()
+        self.optimizers = self._new_optimizers()
         self.safe: list[Tensor] | None = None  # average and weights when the loss was last a number
-        self.last_loss = float("nan")
-        first_seed = (settings.seed << 32) + int(settings.begin * 2**30)  # a later leg has other scenes
-        stream = SceneStream(first_seed, Reader(net.tower.encoders()), settings.dropout)
-        self.latents = Latents(settings, vae, Feed(stream, settings.processes), leg)
+        self.last_loss, self.validated = float("nan"), 0.0
+        reader = net.reader()
+        self.dropout = Dropout(reader, settings.dropout, self.device)
+        self.feed = Feed(
+            Captioned(settings.source, reader), first_seed(settings.seed, settings.begin), settings.processes
+        )
+        sizes = {size for phase in settings.plan for size in phase.sizes}
+        self.reservoir = Reservoir(encoder, self.feed, settings.reuse, settings.memory, len(sizes))
+        pictures = settings.pictures or (64 if leg.on_gpu else 8)
+        self.validation = Validation(settings.source, encoder, leg, pictures)
         self.compiled = settings.compiled
         if settings.compiled:
             torch._dynamo.config.recompile_limit = 64  # one for every kind of block and size
             for block in net.mmdit.joint_blocks:
                 block.compile(dynamic=False)
 
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            self.average.live, lr=self.peak, betas=(0.9, 0.98), weight_decay=0.01, fused=self.leg.on_gpu
-        )
+    def _new_optimizers(self) -> list[torch.optim.Optimizer]:
+        return new_optimizers(self.net, self.settings.optimizer, self.peak, fused=self.leg.on_gpu)
+
+    @property
+    def phase(self) -> Phase:
+        """That of the moment."""
+        return phase_at(self.settings.plan, self.clock.fraction)
 
     def loop(self) -> dict[str, float]:
         """Steps until the clock ends; returns figures of the leg. An error late in a run does not lose the run."""
@@ -228,28 +174,35 @@ class Run:
                 raise
             self.log.say(f"stopped early: {type(problem).__name__}: {str(problem)[:600]}")
             self._go_back()
-        return {"steps": self.step_count, "pictures": self.pictures, "loss": self.last_loss}
+        finally:
+            self.feed.close()
+        return self._figures(self.last_loss)
 
     def _loop(self) -> None:
         losses: list[Tensor] = []
         since, seen = self.clock.elapsed, 0
-        while self.clock.left > 0:
+        first = len(set(self.phase.sizes)) + 2  # steps that compile
+        while self.step_count == 0 or self.clock.left > 0:
             losses.append(self.step())
-            if self.step_count == 3:
+            if self.step_count == first:
                 losses[-1].item()  # waits for the device
                 self.log.say(f"first steps after {self.clock.elapsed:.0f} s")
                 self.clock.run()
                 since, seen = self.clock.elapsed, self.pictures
-            elif self.step_count > 3 and self.clock.elapsed - since > 10:
+            elif self.step_count > first and self.clock.elapsed - since > 10:
                 loss = torch.stack(losses).mean().item()
                 now = self.clock.elapsed
                 self._report(loss, (self.pictures - seen) / (now - since))
-                since, seen, losses = now, self.pictures, []
+                if now - self.validated > 60:
+                    self.save(self._figures(loss))
+                since, seen, losses = self.clock.elapsed, self.pictures, []
+
+    def _figures(self, loss: float) -> dict[str, float]:
+        return {"steps": self.step_count, "pictures": self.pictures, "loss": loss, **self.validate()}
 
     def _report(self, loss: float, rate: float) -> None:
-        self.log.row(
-            step=self.step_count, pictures=self.pictures, per_s=rate, loss=loss, lr=self.optimizer.param_groups[0]["lr"]
-        )
+        lr = self.optimizers[0].param_groups[0]["lr"]
+        self.log.row(step=self.step_count, pictures=self.pictures, per_s=rate, loss=loss, lr=lr)
         if finite([loss]):
             self.last_loss = loss
             self.safe = [v.detach().clone() for v in (*self.average.values, *self.average.live)]
@@ -259,29 +212,46 @@ class Run:
         self.peak /= 2
         self.log.say(f"the loss is {loss}: back to the last good weights with half the learning rate")
         self._go_back()
-        self.optimizer = self._new_optimizer()
+        self.optimizers = self._new_optimizers()
 
     @torch.no_grad()
     def _go_back(self) -> None:
         for target, kept in zip((*self.average.values, *self.average.live), self.safe or (), strict=True):
             target.copy_(kept)
 
+    def validate(self) -> dict[str, float]:
+        """Held-out losses of the averaged weights at the phase's first size, logged."""
+        frame = self.phase.sizes[0].frame
+        figures = self.validation.losses(self.net, self.average, frame)
+        self.validated = self.clock.elapsed
+        named = {f"held_out_{frame.width}x{frame.height}_{name}": value for name, value in figures.items()}
+        self.log.row(step=self.step_count, **named)
+        return named
+
     def step(self) -> Tensor:
         """One optimizer step; returns the loss, still on the device."""
-        s, fraction = self.settings, self.clock.fraction
-        phase = s.phase(fraction)
-        latents, tokens = self.latents.take(self.random.choice(phase.sizes))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.peak, fraction, self.step_count, s.warmup)
-        noise = torch.randn_like(latents)
-        loss = self._gradients(latents, noise, sample_sigma(len(latents), phase.shift, s.uniform, self.device), tokens)
-        torch.nn.utils.clip_grad_norm_(self.average.live, 1.0, foreach=True)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        s, fraction, sizes = self.settings, self.clock.fraction, self.phase.sizes
+        first = list(dict.fromkeys(sizes))  # each once, so that what must be compiled is so before the clock counts
+        size = first[self.step_count] if self.step_count < len(first) else self.random.choice(sizes)
+        latents, tokens = self.reservoir.take(size)
+        rate = learning_rate(self.peak, fraction, self.step_count, s.warmup // 4 if s.resume else s.warmup)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        sigma = sample_sigma(len(latents), size.shift, s.uniform, self.device)
+        loss = self._gradients(latents, torch.randn_like(latents), sigma, self.dropout(tokens))
+        self.apply_gradients()
         self.average.update()
         self.step_count += 1
         self.pictures += len(latents)
         return loss
+
+    def apply_gradients(self) -> None:
+        """From gradients, which are used up, to the next weights."""
+        torch.nn.utils.clip_grad_norm_(self.average.live, 1.0, foreach=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     def _gradients(self, latents: Tensor, noise: Tensor, sigma: Tensor, tokens: tuple[Tensor, ...]) -> Tensor:
         try:
@@ -292,7 +262,8 @@ class Run:
             self.log.say(f"going on without torch.compile: {type(problem).__name__}: {str(problem)[:300]}")
         self.compiled = False
         torch.compiler.set_stance("force_eager")
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         return self._backward(latents, noise, sigma, tokens)
 
     def _backward(self, latents: Tensor, noise: Tensor, sigma: Tensor, tokens: tuple[Tensor, ...]) -> Tensor:
@@ -301,22 +272,24 @@ class Run:
         loss.backward()
         return loss.detach()
 
-
-def finish(settings: FlowTraining, net: FlowNet, average: Average, measures: dict[str, float], log: Log) -> None:
-    """Writes what came out. `net` holds the average, `average` the live weights."""
-    out = settings.out
-    averaged = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    save_shards(averaged, out, "flow")
-    save_shards(average.state(), out, "live")
-    plan = [asdict(phase) for phase in settings.plan]
-    write_record(
-        out,
-        {
-            "what": "flow", "data_version": DATA_VERSION, "config": asdict(settings.config), "t5_length": T5_LENGTH,
-            "metrics": measures, "minutes": round(log.clock.elapsed / 60, 2), "seed": settings.seed,
-            "begin": settings.begin, "end": settings.end, "peak": settings.peak, "plan": plan,
-            "device": device_name(next(net.parameters()).device),
-            "resumed": str(settings.resume) if settings.resume else None, "vae": read_record(settings.vae)["metrics"],
-            "log": log.rows[:: max(1, len(log.rows) // 40)],
-        },
-    )  # fmt: skip
+    def save(self, measures: dict[str, float]) -> None:
+        """The weights, their average (what is used later) and the record."""
+        s = self.settings
+        save_shards(self.average.state(), s.out, "flow")
+        save_shards(dict(zip(self.average.names, self.average.live, strict=True)), s.out, "live")
+        own = saved_tokenizers(s.resume) is not None if s.resume else not (s.start or isinstance(s.source, Drawings))
+        if own:
+            save_tokenizers(self.net, s.out)
+        start = read_record(s.resume).get("start") if s.resume else s.start
+        write_record(
+            s.out,
+            {
+                "what": "flow", "data_version": DATA_VERSION, "source": s.source.name,
+                "start": str(start) if start else None, "config": asdict(self.net.mmdit.config),
+                "t5_length": self.net.t5_length, "metrics": measures, "minutes": round(self.clock.elapsed / 60, 2),
+                "seed": s.seed, "begin": s.begin, "end": s.end, "optimizer": s.optimizer, "peak": s.peak,
+                "reuse": s.reuse, "plan": [asdict(phase) for phase in s.plan], "device": device_name(self.device),
+                "resumed": str(s.resume) if s.resume else None, "vae": str(s.vae),
+                "log": self.log.rows[:: max(1, len(self.log.rows) // 60)],
+            },
+        )  # fmt: skip

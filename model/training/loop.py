@@ -32,6 +32,10 @@ class Clock:
     started: float = field(default_factory=time.monotonic)
     running: float | None = None  # when the first steps (and with them compiling) were done
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.begin < self.end <= 1:
+            raise ValueError(f"begin is {self.begin:g} and end {self.end:g}, expected 0 <= begin < end <= 1")
+
     @property
     def elapsed(self) -> float:
         """Seconds since the start."""

@@ -1,20 +1,20 @@
-"""Trains the autoencoder on drawings: fast pixel losses, then the mean and spread of its latents."""
+"""Trains the autoencoder: sharp pictures from latents that are easy to model."""
 
 from __future__ import annotations
 
-import math
-import random
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.checkpoint import load_components
 from model.config import VAEConfig
+from model.training.compiling import load_compiled, save_compiled
 from model.training.demo import DEMO_VAE
-from model.training.drawing import View, draw, pack
-from model.training.feed import HELD_OUT_SEEDS, Feed, SceneStream
+from model.training.feed import Captioned, Feed, first_seed
+from model.training.fidelity import decibels, measure, write_reconstructions
 from model.training.loop import (
     Average,
     Leg,
@@ -27,11 +27,21 @@ from model.training.loop import (
     save_shards,
     write_record,
 )
-from model.training.scenes import DATA_VERSION, sample_scene
-from model.training.sheets import contact_sheet
+from model.training.scenes import DATA_VERSION
+from model.training.sources import Drawings, Frame, Source
 from model.vae import VAE
 
 AHEAD = 8  # batches drawn at once: painting many pictures takes the CPU hardly longer than painting few
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the autoencoder's loss weighs, besides the pixels."""
+
+    noise: float = 0.2  # standard deviation of the noise on the latents, as a share of theirs
+    equivariance: float = 0.5  # of the loss of decoding latents at half size
+    kl: float = 5e-5  # of the means' part of the KL divergence, which keeps their scale
+    tie: float = 1e-3  # of the squared distance of the log variances to that of the noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,35 +51,45 @@ class VAETraining:
     out: Path
     minutes: float
     config: VAEConfig = DEMO_VAE
+    source: Source = field(default_factory=Drawings)
+    weights: Weights = field(default_factory=Weights)
     batch: int = 64
     size: int = 160  # side of the squares that are painted and learnt, pixels
     largest: int = 640  # side of the largest picture that they are windows of
     peak: float = 1.2e-3  # learning rate
-    kl: float = 5e-5  # weight of the KL divergence, mean over latents
     average: float = 0.999
     seed: int = 1
     begin: float = 0.0
     end: float = 1.0
     resume: Path | None = None
+    cache: Path | None = None  # folder of what was compiled
     compiled: bool = True
     processes: int | None = None
+    pictures: int | None = None  # that it is measured on; None for as many as the device measures soon
+
+    def __post_init__(self) -> None:
+        if self.size % 16:
+            raise ValueError(f"size is {self.size}, expected a multiple of 16")
 
 
 def train_vae(settings: VAETraining, device: torch.device) -> dict[str, float]:
     """Trains, measures and writes weights, a sheet and training.json to `settings.out`; returns the measures."""
-    leg = Leg.start(settings.minutes, 15, (settings.begin, settings.end), device)
+    leg = Leg.start(settings.minutes, 20, (settings.begin, settings.end), device)
     log = leg.log
     torch.manual_seed(settings.seed)
     vae = VAE(settings.config).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = Average(vae, settings.average)
     if settings.resume:
         restore(vae, average, settings.resume)
+    load_compiled(settings.cache, log)
     log.say(f"{sum(p.numel() for p in vae.parameters()):,} parameters on {device_name(device)}")
     steps = Run(settings, vae, average, leg).loop()
     average.swap()
-    measures = {"steps": steps, **measure(vae, device, pictures=128 if device.type == "cuda" else 8)}
+    pictures = settings.pictures or (256 if leg.on_gpu else 8)
+    measures = {"steps": steps, **measure(vae, settings.source, device, pictures)}
     log.row(**measures)
     finish(settings, vae, average, measures, log)
+    save_compiled(settings.cache, log)
     return measures
 
 
@@ -80,26 +100,42 @@ def restore(vae: VAE, average: Average, folder: Path) -> None:
 
 
 def load_vae(folder: Path, device: torch.device) -> VAE:
-    """The averaged VAE of a run, with its scale and shift."""
+    """The averaged VAE of a run with its scale and shift, or that of a bundle in the diffusers layout."""
+    if (folder / "model_index.json").is_file():
+        return load_components(folder, device, torch.float32).vae
     config = read_record(folder)["config"]
     vae = VAE(VAEConfig(**{**config, "channels": tuple(config["channels"])}))
     vae.load_state_dict(load_shards(folder, "vae"))
     return vae.to(device).eval().requires_grad_(False)
 
 
-def vae_loss(vae: VAE, pixels: Tensor, noise: Tensor, kl_weight: float, late: Tensor | float) -> tuple[Tensor, Tensor]:
+def vae_loss(vae: VAE, pixels: Tensor, noise: Tensor, weights: Weights, late: Tensor | float) -> tuple[Tensor, Tensor]:
     """The training loss, and the mean squared error. Pixels: shape = (batch, 3, h, w); noise: that of the latents.
 
-    L1, and L1 of the differences between neighbours (sharp edges), the squared error growing with `late` (0 to 1).
+    Noise of a fixed share of the latents' spread makes them smooth: what lies near decodes alike, and a flow's small
+    errors do not show. Latents at half size must give the picture at half size (EQ-VAE, Kouzelis et al. 2025,
+    arXiv:2502.09509): that rids them of fine patterns that no picture has (Skorokhodov et al. 2025, arXiv:2502.14831).
     """
-    mean, logvar = vae.encode(pixels)
-    mean, logvar = mean.float(), logvar.float()
-    decoded = vae.decode(mean + noise * torch.exp(0.5 * logvar)).float()
+    mean, logvar = (moment.float() for moment in vae.encode(pixels))
+    spread = (weights.noise * mean.detach().std()).clamp(min=1e-4)
+    loss, squared = pixel_loss(vae.decode(mean + spread * noise).float(), pixels, late)
+    if weights.equivariance:
+        half = F.avg_pool2d(mean, 2) + spread * noise[..., ::2, ::2]
+        halved, _ = pixel_loss(vae.decode(half).float(), F.avg_pool2d(pixels, 2), late)
+        loss = loss + weights.equivariance * halved
+    tie = (logvar - 2 * spread.log()).square().mean()
+    return loss + weights.kl * 0.5 * mean.square().mean() + weights.tie * tie, squared.detach()
+
+
+def pixel_loss(decoded: Tensor, pixels: Tensor, late: Tensor | float) -> tuple[Tensor, Tensor]:
+    """L1, and L1 of the differences between neighbours (sharp edges), the squared error growing with `late` (0 to 1).
+
+    Returns the loss and the mean squared error.
+    """
     error = decoded - pixels
     squared = error.square().mean()
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return error.abs().mean() + 0.5 * edges + 4 * late * squared + kl_weight * kl, squared.detach()
+    return error.abs().mean() + 0.5 * edges + 4 * late * squared, squared
 
 
 class Run:
@@ -111,12 +147,18 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             vae.parameters(), lr=settings.peak, betas=(0.9, 0.98), weight_decay=0.0, fused=leg.on_gpu
         )
-        self.feed = Feed(SceneStream(settings.seed << 32), settings.processes)
-        self.random = random.Random(settings.seed)
+        first = first_seed(settings.seed, settings.begin)
+        self.feed = Feed(Captioned(settings.source), first, settings.processes)
         self.loss = torch.compile(vae_loss, dynamic=False) if settings.compiled else vae_loss
 
     def loop(self) -> int:
         """Steps until the clock ends; returns their number."""
+        try:
+            return self._loop()
+        finally:
+            self.feed.close()
+
+    def _loop(self) -> int:
         step, seen, errors = 0, 0, []
         since = self.clock.elapsed
         while step == 0 or self.clock.left > 0:
@@ -146,7 +188,7 @@ class Run:
         """One optimizer step; returns the mean squared error, still on the device."""
         s, fraction = self.settings, self.clock.fraction
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(s.peak, fraction, step, 200)
+            group["lr"] = learning_rate(s.peak, fraction, step, 50 if s.resume else 200)
         noise = torch.randn(len(pixels), s.config.latent_channels, s.size // 8, s.size // 8, device=self.device)
         late = torch.tensor(min(1.0, 2 * fraction)).to(self.device, non_blocking=True)
         with self.leg.autocast():
@@ -159,7 +201,7 @@ class Run:
 
     def _gradients(self, pixels: Tensor, noise: Tensor, late: Tensor) -> Tensor:
         try:
-            loss, error = self.loss(self.vae, pixels, noise, self.settings.kl, late)
+            loss, error = self.loss(self.vae, pixels, noise, self.settings.weights, late)
             loss.backward()
         except Exception as problem:  # a compiler's errors have no common type; without it the run is only slower
             if self.loss is vae_loss:
@@ -173,43 +215,10 @@ class Run:
     def pictures(self) -> list[Tensor]:
         """The next batches: windows of pictures of many sizes, painted together."""
         s = self.settings
-        count = s.batch * (AHEAD if self.leg.on_gpu else 1)
-        sides = [math.exp(self.random.uniform(math.log(s.size), math.log(s.largest))) for _ in range(count)]
-        side = torch.tensor(sides).round()
-        corner = torch.tensor([[self.random.random(), self.random.random()] for _ in range(count)])
-        top, left = ((side - s.size)[:, None] * corner).round().unbind(1)
-        pixels = draw(self.feed.take(count).scenes, s.size, s.size, self.device, View(side, side, top, left))
+        frame = Frame(s.size, s.size, s.largest)
+        rows = self.feed.take(s.batch * (AHEAD if self.leg.on_gpu else 1), frame).rows
+        pixels = s.source.pixels(rows, frame, self.device)
         return list(pixels.contiguous(memory_format=torch.channels_last).split(s.batch))
-
-
-def decibels(squared_error: float) -> float:
-    """PSNR of a mean squared error between pictures from -1 to 1."""
-    return 10 * math.log10(4 / max(squared_error, 1e-12))
-
-
-@torch.no_grad()
-def measure(vae: VAE, device: torch.device, pictures: int = 128, size: int = 256) -> dict[str, float]:
-    """PSNR on held-out drawings (of `size` and, in part, 512 pixels) and the latents' mean and standard deviation."""
-    scenes = pack([sample_scene(HELD_OUT_SEEDS + n) for n in range(pictures)])
-    small, latents = _reconstruct(vae, draw(scenes, size, size, device))
-    large, _ = _reconstruct(vae, draw(scenes[: max(1, pictures // 8)], 2 * size, 2 * size, device))
-    channels = latents.transpose(0, 1).flatten(1)
-    return {
-        f"psnr_{size}": decibels(small), f"psnr_{2 * size}": decibels(large),
-        "latent_mean": latents.mean().item(), "latent_std": latents.std().item(),
-        "channel_std_min": channels.std(1).min().item(), "channel_std_max": channels.std(1).max().item(),
-        "channel_mean_max": channels.mean(1).abs().max().item(),
-    }  # fmt: skip
-
-
-def _reconstruct(vae: VAE, pixels: Tensor) -> tuple[float, Tensor]:
-    """The mean over pictures of the squared error of what an 8-bit picture would show, and the mean latents."""
-    errors, latents = [], []
-    for part in pixels.split(16):
-        mean, _ = vae.encode(part)
-        errors.append(F.mse_loss(vae.decode(mean).clamp(-1, 1), part).double() * len(part))
-        latents.append(mean)
-    return (torch.stack(errors).sum() / len(pixels)).item(), torch.cat(latents)
 
 
 def finish(settings: VAETraining, vae: VAE, average: Average, measures: dict[str, float], log: Log) -> None:
@@ -221,19 +230,12 @@ def finish(settings: VAETraining, vae: VAE, average: Average, measures: dict[str
     write_record(
         out,
         {
-            "what": "vae", "data_version": DATA_VERSION, "config": asdict(config), "metrics": measures,
-            "minutes": round(log.clock.elapsed / 60, 2), "seed": settings.seed, "batch": settings.batch,
-            "size": settings.size, "resumed": str(settings.resume) if settings.resume else None, "log": log.rows,
+            "what": "vae", "data_version": DATA_VERSION, "source": settings.source.name, "config": asdict(config),
+            "metrics": measures, "minutes": round(log.clock.elapsed / 60, 2), "seed": settings.seed,
+            "begin": settings.begin, "end": settings.end, "batch": settings.batch, "size": settings.size,
+            "weights": asdict(settings.weights), "resumed": str(settings.resume) if settings.resume else None,
+            "device": device_name(next(vae.parameters()).device),
+            "log": log.rows[:: max(1, len(log.rows) // 40)],
         },
     )  # fmt: skip
-    write_sheet(vae, out / "vae.png")
-
-
-@torch.no_grad()
-def write_sheet(vae: VAE, path: Path, count: int = 16, size: int = 256) -> None:
-    """Drawings above their reconstructions."""
-    device = next(vae.parameters()).device
-    originals = draw(pack([sample_scene(HELD_OUT_SEEDS + 1000 + n) for n in range(count)]), size, size, device)
-    decoded = torch.cat([vae.decode(vae.encode(part)[0]) for part in originals.split(8)])
-    rows = [row for pair in zip(originals.split(8), decoded.split(8), strict=True) for row in pair]
-    contact_sheet(torch.cat(rows), [""] * (2 * count), columns=8).save(path, optimize=True)
+    write_reconstructions(vae, settings.source, out / "vae.png", count=min(24, settings.pictures or 24))

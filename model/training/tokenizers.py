@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable
 from random import Random
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
@@ -16,7 +17,7 @@ from model.training.captions import caption
 from model.training.scenes import sample_scene
 
 CLIP_LENGTH = 77
-CLIP_MERGES = 260  # enough for nearly every word of the captions to be one token
+CLIP_MERGES = 400  # enough for nearly every word of the captions to be one token
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 SPACE = "▁"
@@ -25,8 +26,12 @@ Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase, PreTrainedT
 
 
 def demo_tokenizers() -> Tokenizers:
-    """CLIP-L's (padded with its end token), CLIP-G's (padded with "!", id 0) and T5's. The same every time."""
-    words = caption_words()
+    """Those of the drawings' captions. The same every time."""
+    return tokenizers_of(caption_words())
+
+
+def tokenizers_of(words: Counter[str]) -> Tokenizers:
+    """CLIP-L's (padded with its end token), CLIP-G's (padded with "!", id 0) and T5's, for captions of these words."""
     merges = _merges(words)
     vocabulary = _clip_vocabulary(merges)
     clip_l, clip_g = (
@@ -38,18 +43,23 @@ def demo_tokenizers() -> Tokenizers:
 
 def caption_words(scenes: int = 4000) -> Counter[str]:
     """How often each word stands in captions, lower case, without marks."""
-    split = Regex(r"[^\w]+")
-    separate = pre_tokenizers.Split(split, behavior="removed")
+    return count_words(caption(sample_scene(seed), Random(seed)) for seed in range(scenes))
+
+
+def count_words(captions: Iterable[str]) -> Counter[str]:
+    """How often each word stands in the captions, lower case, without marks."""
+    separate = pre_tokenizers.Split(Regex(r"[^\w]+"), behavior="removed")
     words: Counter[str] = Counter()
-    for seed in range(scenes):
-        text = caption(sample_scene(seed), Random(seed)).lower()
-        words.update(word for word, _ in separate.pre_tokenize_str(text))
+    for text in captions:
+        words.update(word for word, _ in separate.pre_tokenize_str(text.lower()))
     return words
 
 
 def _merges(words: Counter[str]) -> list[tuple[str, str]]:
     model = Tokenizer(BPE(end_of_word_suffix=WORD_END))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False)  # for words beyond ASCII, as CLIP writes them
+    words = Counter({"".join(part for part, _ in bytewise.pre_tokenize_str(word)): n for word, n in words.items()})
     letters = len({letter for word in words for letter in word}) * 2
     trainer = BpeTrainer(
         vocab_size=letters + CLIP_MERGES, end_of_word_suffix=WORD_END, min_frequency=1, show_progress=False

@@ -1,0 +1,342 @@
+"""Distils a guided model into few steps without guidance: a low-rank change of its MMDiT.
+
+The run is cut into one window a step. At each window's start the teacher solves its guided ODE to the window's end; the
+student learns the straight line there (PeRFlow, Yan et al. 2024, arXiv:2405.07510; progressive distillation, Salimans
+and Ho 2022, arXiv:2202.00512). No pictures are needed: every run starts from noise. For one part of the rows the next
+window starts where the teacher's ended, for the other where the student's did, so that its errors do not pile up: the
+teacher shows the way back from wherever the student goes. That makes a phase that matches final pictures needless,
+which would send gradients through all the steps, and blur where the two runs part early.
+"""
+
+from __future__ import annotations
+
+import random
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.bundle import shift_json
+from model.mmdit import MMDiT
+from model.sampling import Shift, Stretched
+from model.training.adapters import adapted
+from model.training.compiling import load_compiled, save_compiled
+from model.training.feed import Captioned, Feed, first_seed
+from model.training.loop import (
+    Average,
+    Leg,
+    device_name,
+    finite,
+    learning_rate,
+    load_shards,
+    read_record,
+    save_shards,
+    write_record,
+)
+from model.training.plan import Phase, Plan, Size, phase_at
+from model.training.sources import HELD_OUT_SEEDS, Drawings, Source
+from model.training.teacher import Teacher, Texts, load_teacher, write_comparison
+from model.training.windows import Window, guided, velocity, windows
+
+COMPILED_SIDES = (256, 512)
+"""Squares of these sides are compiled for: they come often enough to pay."""
+
+SHIFT = Stretched(3.0, 0.4)
+"""Levels 1, 0.91, 0.76 and 0.4 for four steps: the published ones would spend the last step on the last 0.9 %."""
+
+DISTANCES = 2 * HELD_OUT_SEEDS - (1 << 20)
+"""Captions from this seed on are for measuring."""
+
+
+TURBO_TOKENS = 40_000
+
+
+def turbo_plan(tokens: int = TURBO_TOKENS) -> Plan:
+    """Small pictures first: what they teach of guidance and long steps holds for large ones, at a fifth of the time.
+
+    tokens : of the student in one step, text included; the teacher's are twice as many
+    """
+    small, square, large = (Size.of(side, side, tokens) for side in (256, 512, 1024))
+    wide, tall = Size.of(512, 768, tokens), Size.of(768, 512, tokens)
+    return Phase(0.35, (small,)), Phase(1.00, (*[square] * 5, wide, tall, large))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """The settings of a run."""
+
+    out: Path
+    teacher: Path  # a bundle, or the folder of a flow's run
+    minutes: float
+    rank: int = 32
+    steps: int = 4
+    shift: Shift = SHIFT
+    guidance: float | None = None  # the teacher's; None: as its card says
+    substeps: int = 4  # of the teacher in one window
+    own: float = 0.5  # share of the rows that go on from the student's own windows
+    plan: Plan = field(default_factory=turbo_plan)
+    source: Source = field(default_factory=Drawings)
+    peak: float = 1e-3  # learning rate
+    warmup: int = 50  # steps
+    average: float = 0.995
+    measured: int = 16  # prompts
+    seed: int = 1
+    begin: float = 0.0
+    end: float = 1.0
+    resume: Path | None = None
+    cache: Path | None = None  # folder of what was compiled
+    compiled: bool = True
+    processes: int | None = None
+    samples: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "steps", "substeps", "measured"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.own <= 1:
+            raise ValueError(f"own is {self.own}, expected 0 to 1")
+        usual = self.shift if isinstance(self.shift, Stretched) else Stretched(self.shift, 0.0)
+        if usual.shift <= 0 or not 0 <= usual.terminal < 1:
+            raise ValueError(f"shift is {self.shift}, expected more than 0, and a terminal from 0 to below 1")
+
+
+def distil(settings: Distillation, device: torch.device) -> dict[str, float]:
+    """Trains and writes the change, a sheet and training.json to `settings.out`; returns the measures."""
+    leg = Leg.start(settings.minutes, 30 if settings.samples else 10, (settings.begin, settings.end), device)
+    torch.manual_seed(settings.seed)
+    teacher = load_teacher(settings.teacher, device)
+    student = adapted(teacher.mmdit, settings.rank).to(device)
+    average = Average(student, settings.average)
+    if settings.resume:
+        restore(average, settings)
+    changed = sum(p.numel() for p in average.live)
+    leg.log.say(f"{changed:,} parameters of change at rank {settings.rank} on {device_name(device)}")
+    load_compiled(settings.cache, leg.log)
+    run = Run(settings, teacher, student, average, leg)
+    measures = run.loop()
+    leg.log.row(**measures)
+    run.save(measures)
+    save_compiled(settings.cache, leg.log)
+    if settings.samples and teacher.vae is not None:
+        average.swap()
+        with torch.compiler.set_stance("force_eager"):
+            write_comparison(teacher, student, settings.steps, settings.shift, settings.out / "turbo.png")
+        leg.log.say(f"samples after {leg.clock.elapsed:.0f} s")
+    return measures
+
+
+def restore(average: Average, settings: Distillation) -> None:
+    """Into the average and the weights that it follows, those of an earlier leg. ValueError if they do not fit."""
+    assert settings.resume is not None
+    record = read_record(settings.resume)
+    for name, now in (("rank", settings.rank), ("steps", settings.steps)):
+        if record.get(name) != now:
+            raise ValueError(f"{settings.resume} was distilled with {name} {record.get(name)}, not {now}")
+    state = load_shards(settings.resume, "live")
+    with torch.no_grad():
+        for name, parameter in zip(average.names, average.live, strict=True):
+            parameter.copy_(state[name])
+    average.load(load_shards(settings.resume, "turbo"))
+
+
+class Run:
+    """The training loop and what it holds."""
+
+    def __init__(self, settings: Distillation, teacher: Teacher, student: MMDiT, average: Average, leg: Leg) -> None:
+        self.settings, self.teacher, self.student, self.average, self.leg = settings, teacher, student, average, leg
+        self.clock, self.log, self.device = leg.clock, leg.log, leg.device
+        self.scale = teacher.guidance if settings.guidance is None else settings.guidance
+        self.windows = windows(settings.steps, settings.shift, settings.substeps)
+        self.random = random.Random(settings.seed)
+        self.peak, self.step_count, self.rows = settings.peak, 0, 0
+        self.optimizer = self._new_optimizer()
+        self.safe: list[Tensor] | None = None  # average and weights when the loss was last a number
+        self.last_loss = self.before = float("nan")
+        reading = Captioned(settings.source, teacher.reader())
+        self.feed = Feed(reading, first_seed(settings.seed, settings.begin), settings.processes)
+        self.compiled = settings.compiled
+        if self.compiled:
+            torch._dynamo.config.recompile_limit = 64  # one for every kind of block and size
+            for block in (*teacher.mmdit.joint_blocks, *student.joint_blocks):
+                block.compile(dynamic=False)
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            self.average.live, lr=self.peak, betas=(0.9, 0.98), weight_decay=0.0, fused=self.leg.on_gpu
+        )
+
+    def loop(self) -> dict[str, float]:
+        """Runs until the clock ends; returns figures of the leg. An error late in a run does not lose the run."""
+        self.before = self.averaged_distance()
+        self.log.say(f"distance to the teacher's last latents before: {self.before:.4f}")
+        try:
+            self._loop()
+        except Exception as problem:
+            if self.safe is None:
+                raise
+            self.log.say(f"stopped early: {type(problem).__name__}: {str(problem)[:600]}")
+            self._go_back()
+        finally:
+            self.feed.close()
+        return self._figures()
+
+    def _figures(self) -> dict[str, float]:
+        distances = {"distance_before": self.before, "distance": self.averaged_distance()}
+        return {"steps": self.step_count, "rows": self.rows, "loss": self.last_loss, **distances}
+
+    def _loop(self) -> None:
+        losses: list[Tensor] = []
+        since = measured = self.clock.elapsed
+        seen, runs = 0, 0
+        while runs == 0 or self.clock.left > 0:
+            losses += self.run()
+            runs += 1
+            now = self.clock.elapsed
+            if runs == 2:
+                losses[-1].item()  # waits for the device
+                self.log.say(f"first runs after {self.clock.elapsed:.0f} s")
+                self.clock.run()
+                since, seen = self.clock.elapsed, self.rows
+            elif runs > 2 and now - since > 10:
+                self._report(torch.stack(losses).mean().item(), (self.rows - seen) / (now - since))
+                if self.clock.elapsed - measured > 60:
+                    figures = self._figures()
+                    self.log.row(distance=figures["distance"])
+                    self.save(figures)
+                    measured = self.clock.elapsed
+                since, seen, losses = self.clock.elapsed, self.rows, []
+
+    def _report(self, loss: float, rate: float) -> None:
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.log.row(step=self.step_count, rows=self.rows, per_s=rate, loss=loss, lr=lr)
+        if finite([loss]):
+            self.last_loss = loss
+            self.safe = [v.detach().clone() for v in (*self.average.values, *self.average.live)]
+            return
+        if self.safe is None:
+            raise FloatingPointError(f"the loss is {loss} after {self.step_count} steps: lower the learning rate")
+        self.peak /= 2
+        self.log.say(f"the loss is {loss}: back to the last good weights with half the learning rate")
+        self._go_back()
+        self.optimizer = self._new_optimizer()
+
+    @torch.no_grad()
+    def _go_back(self) -> None:
+        for target, kept in zip((*self.average.values, *self.average.live), self.safe or (), strict=True):
+            target.copy_(kept)
+
+    def run(self) -> list[Tensor]:
+        """One run from noise to latents, an optimizer step a window; returns the losses, still on the device."""
+        size = self.random.choice(phase_at(self.settings.plan, self.clock.fraction).sizes)
+        texts = self._texts(size)
+        channels = self.student.config.in_channels
+        x = torch.randn(size.batch, channels, size.height // 8, size.width // 8, device=self.device)
+        own = torch.rand(size.batch, 1, 1, 1, device=self.device) < self.settings.own
+        losses = []
+        with self._stance(size):
+            for window in self.windows:
+                loss, ends, own_ends = self._attempt(x, window, texts)
+                losses.append(loss)
+                x = torch.where(own, own_ends, ends)
+        self.rows += size.batch
+        return losses
+
+    def _texts(self, size: Size) -> Texts:
+        tokens = self.feed.take(size.batch, size.frame).tokens
+        with self.leg.autocast():
+            return self.teacher.read(tuple(ids.to(self.device, torch.long, non_blocking=True) for ids in tokens))
+
+    def _attempt(self, x: Tensor, window: Window, texts: Texts) -> tuple[Tensor, Tensor, Tensor]:
+        """`_window`, without torch.compile from the moment on at which that fails."""
+        try:
+            return self._window(x, window, texts)
+        except Exception as problem:  # a compiler's errors have no common type; without it the run is only slower
+            if not self.compiled:
+                raise
+            self.log.say(f"going on without torch.compile: {type(problem).__name__}: {str(problem)[:300]}")
+        self.compiled = False
+        torch.compiler.set_stance("force_eager")
+        self.optimizer.zero_grad(set_to_none=True)
+        return self._window(x, window, texts)
+
+    def _window(self, x: Tensor, window: Window, texts: Texts) -> tuple[Tensor, Tensor, Tensor]:
+        """One optimizer step: the loss, where the teacher ended, and where the student did."""
+        span = window.start - window.end
+        with torch.no_grad(), self.leg.autocast():
+            ends = guided(self.teacher, x, window, texts, self.scale)
+        with self.leg.autocast():
+            v = velocity(self.student, x, window.start, texts)
+        loss = F.mse_loss(v, (x - ends) / span)
+        loss.backward()
+        self._optimize()
+        return loss.detach(), ends, x - span * v.detach()
+
+    def _optimize(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.peak, self.clock.fraction, self.step_count, self.settings.warmup)
+        torch.nn.utils.clip_grad_norm_(self.average.live, 1.0, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update()
+        self.step_count += 1
+
+    def averaged_distance(self) -> float:
+        """`distance` with the averaged weights."""
+        self.average.swap()
+        try:
+            return self.distance()
+        finally:
+            self.average.swap()
+
+    def _stance(self, size: Size) -> AbstractContextManager[None]:
+        """Whether compiled code is used for a size."""
+        if self.compiled and size.height == size.width and size.height in COMPILED_SIDES:
+            return nullcontext()
+        return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+
+    def distance(self) -> float:
+        """Between the student's last latents and the teacher's from the same noise, for captions that are kept apart.
+
+        The root of the mean squared difference, as a share of the teacher's standard deviation.
+        """
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            return self._distance()
+
+    def _distance(self) -> float:
+        size = self.settings.plan[-1].sizes[0]
+        errors, squares = 0.0, 0.0
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        _, captions = self.settings.source.read(range(DISTANCES, DISTANCES + self.settings.measured), size.frame)
+        for first in range(0, len(captions), size.batch):
+            texts = self.teacher.read_captions(captions[first : first + size.batch])
+            shape = (len(texts.pooled), self.student.config.in_channels, size.height // 8, size.width // 8)
+            start = torch.randn(shape, generator=generator).to(self.device)
+            with self.leg.autocast():
+                theirs, own = start, start
+                for window in self.windows:
+                    theirs = guided(self.teacher, theirs, window, texts, self.scale)
+                    own = own - (window.start - window.end) * velocity(self.student, own, window.start, texts)
+            errors += (own - theirs).square().sum().item()
+            squares += (theirs - theirs.mean()).square().sum().item()
+        return float((errors / max(squares, 1e-12)) ** 0.5)
+
+    def save(self, measures: dict[str, float]) -> None:
+        """Writes the averaged change, the live one and what made them."""
+        settings, leg = self.settings, self.leg
+        save_shards(self.average.state(), settings.out, "turbo")
+        save_shards(dict(zip(self.average.names, self.average.live, strict=True)), settings.out, "live")
+        write_record(
+            settings.out,
+            {
+                "what": "turbo", "teacher": self.teacher.revision, "pictures": settings.source.name,
+                "rank": settings.rank, "steps": settings.steps, "shift": shift_json(settings.shift),
+                "guidance": self.scale, "substeps": settings.substeps, "own": settings.own, "metrics": measures,
+                "minutes": round(leg.clock.elapsed / 60, 2), "seed": settings.seed, "begin": settings.begin,
+                "end": settings.end, "peak": settings.peak, "plan": [asdict(phase) for phase in settings.plan],
+                "device": device_name(leg.device), "resumed": str(settings.resume) if settings.resume else None,
+                "log": leg.log.rows[:: max(1, len(leg.log.rows) // 40)],
+            },
+        )  # fmt: skip

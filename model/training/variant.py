@@ -1,0 +1,52 @@
+"""A distilled change as a variant of its teacher's bundle: the folder that a worker serves beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from model.layouts import find
+from model.lowrank import CARD, FILE
+from model.training.adapters import save_difference
+from model.training.loop import load_shards, read_record
+
+LIMIT_BYTES = 3_200_000
+
+
+def export_turbo(teacher: Path, turbo: Path, out: Path) -> int:
+    """Writes the variant of the bundle `teacher` that the run `turbo` made into a new folder; returns its bytes.
+
+    The folder names its base by a relative path: they move together.
+    Errors: ValueError if the run had another teacher or the folder becomes too large; CheckpointError, FileExistsError.
+    """
+    record, base = read_record(turbo), find(teacher)
+    if record.get("what") != "turbo":
+        raise ValueError(f"{turbo} holds a {record.get('what')}, expected what distill writes")
+    if record["teacher"] not in (None, base.revision):
+        raise ValueError(f"{turbo} was distilled from revision {record['teacher']}, but {teacher} is {base.revision}")
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty")
+    out.mkdir(parents=True, exist_ok=True)
+    save_difference(load_shards(turbo, "turbo"), base.mmdit_config, out / FILE)
+    card = _card(os.path.relpath(teacher.resolve(), out.resolve()), base.base_revision, record)
+    (out / CARD).write_text(json.dumps(card, indent=1) + "\n")
+    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    size = sum(path.stat().st_size for path in out.iterdir())
+    if size > LIMIT_BYTES:
+        raise ValueError(f"{out} takes {size:,} bytes, more than {LIMIT_BYTES:,}: distil with a lower rank")
+    return size
+
+
+def _card(base: str, base_revision: str, record: dict[str, Any]) -> dict[str, Any]:
+    """What `darkroom.json` says; size, limits and t5_length are the base's."""
+    steps = record["steps"]
+    return {
+        "description": f"The demo model distilled to {steps} steps without guidance; shares its encoders and VAE",
+        "base": base,
+        "base_revision": base_revision,
+        **record["shift"],
+        "defaults": {"steps": steps, "guidance_scale": 1.0, "sampler": "euler"},
+        "negative_prompt": False,
+    }

@@ -1,0 +1,65 @@
+"""A run of few steps as windows, and where a guided teacher's ODE leads across one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from model.mmdit import MMDiT
+from model.sampling import Shift, Stretched, shifted, sigmas
+from model.training.teacher import Teacher, Texts
+
+
+@dataclass(frozen=True)
+class Window:
+    """One step of the student: from one noise level to the next, and the teacher's levels between them."""
+
+    levels: tuple[float, ...]  # falling
+
+    @property
+    def start(self) -> float:
+        """The noise level that the student sees."""
+        return self.levels[0]
+
+    @property
+    def end(self) -> float:
+        """The noise level that it steps to."""
+        return self.levels[-1]
+
+
+def windows(steps: int, shift: Shift, substeps: int) -> list[Window]:
+    """A run's windows; the levels in each are spaced as the schedule spaces its own."""
+    factor = shift.shift if isinstance(shift, Stretched) else shift
+    found = []
+    for start, end in pairwise(sigmas(steps, shift)):
+        first, last = shifted(start, 1 / factor), shifted(end, 1 / factor)
+        between = [shifted(first + (last - first) * n / substeps, factor) for n in range(1, substeps)]
+        found.append(Window((start, *between, end)))
+    return found
+
+
+def velocity(mmdit: MMDiT, x: Tensor, sigma: float, texts: Texts) -> Tensor:
+    """What a net says without guidance, in fp32. x : shape = (batch, 16, h/8, w/8)."""
+    timestep = torch.full((len(x),), 1000 * sigma, device=x.device)
+    found: Tensor = mmdit(x, timestep, texts.context, texts.pooled)
+    return found.float()
+
+
+def guided(teacher: Teacher, x: Tensor, window: Window, texts: Texts, scale: float) -> Tensor:
+    """Where the guided teacher's ODE leads from the window's start to its end, by Euler's method."""
+    if scale > 1:
+        both = Texts(
+            torch.cat([texts.context, teacher.empty.context.expand_as(texts.context)]),
+            torch.cat([texts.pooled, teacher.empty.pooled.expand_as(texts.pooled)]),
+        )
+    for sigma, after in pairwise(window.levels):
+        if scale > 1:
+            v, v_empty = velocity(teacher.mmdit, torch.cat([x, x]), sigma, both).chunk(2)
+            v = v_empty + scale * (v - v_empty)
+        else:
+            v = velocity(teacher.mmdit, x, sigma, texts)
+        x = x + (after - sigma) * v
+    return x
