@@ -10,7 +10,7 @@ SEED   ?= 2
 OUTPUT ?= demo.png
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-full test-deploy check format lint-docker clean
+.PHONY: help setup demo serve eval test test-full test-deploy torture bench-serving check format lint-docker clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -27,11 +27,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY) ## one prompt through the whole server to demo.png, and nothing left running
-	$(BIN)/darkroom generate --embedded --seed $(SEED) --output $(OUTPUT) "$(PROMPT)"
+demo: $(READY) ## one prompt through the whole server to demo.png, a picture of each model, and nothing left running
+	$(BIN)/darkroom generate --embedded --every-model --seed $(SEED) --output $(OUTPUT) "$(PROMPT)"
 
 serve: $(READY) ## gateway, worker and an embedded Valkey, until Ctrl-C
 	$(BIN)/darkroom up
+
+eval: $(READY) ## how far the demo's pictures are what was asked for: a table and a contact sheet, 12 minutes on two cores
+	$(BIN)/python -m model.evaluation $(if $(MODEL),--model $(MODEL))
 
 test: $(READY) ## the tests, a few minutes on two cores
 	$(BIN)/python -m pytest -q
@@ -41,6 +44,12 @@ test-full: $(READY) ## also the slow ones
 
 test-deploy: $(READY) ## builds the images with docker or podman, runs them, makes a picture with them
 	$(BIN)/python -m pytest -q -m deploy tests/deploy
+
+torture: $(READY) ## kills, freezes and poisons workers and Redis, and looks for lost and doubled jobs; 15 minutes
+	$(BIN)/python -W ignore -m tests.torture --out build/torture.md $(ARGS)
+
+bench-serving: $(READY) ## one at a time, batches of requests and the engine under load: a table and a plot; 6 minutes
+	$(BIN)/python -W ignore -m tests.benchmarks.serving --out build/bench-serving $(ARGS)
 
 check: $(READY) ## format, lint, types, and which part may import which
 	$(BIN)/ruff format --check .

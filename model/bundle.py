@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from model.config import MMDiTConfig, VAEConfig
 from model.keys import Rule, mmdit_rules, vae_rules
 from model.mmdit import MMDiT
-from model.sampling import SHIFT, TRAIN_STEPS
+from model.sampling import SHIFT, TRAIN_STEPS, Shift, Stretched
 from model.text import TextEncoders
 from model.vae import VAE
 from model.weights import CheckpointError
@@ -90,11 +90,25 @@ def vae_config_from(path: Path) -> VAEConfig:
     )
 
 
-def shift_from(path: Path) -> float:
-    """Read the timestep shift of scheduler/scheduler_config.json."""
+def shift_from(path: Path, default: Shift = 1.0) -> Shift:
+    """Read the timestep shift of scheduler/scheduler_config.json, or of a variant's card, whose base has `default`."""
     config = _Config(path)
     config.only("use_dynamic_shifting", False, default=False)
-    return float(config.number("shift", 1.0, kind=(int, float)))
+    usual = default if isinstance(default, Stretched) else Stretched(default, 0.0)
+    shift = float(config.number("shift", usual.shift, kind=(int, float)))
+    terminal = float(config.number("shift_terminal", usual.terminal, kind=(int, float), null=0.0))
+    if shift <= 0:
+        raise CheckpointError(f"{path}: shift is {shift:g}, expected more than 0")
+    if terminal >= 1:
+        raise CheckpointError(f"{path}: shift_terminal is {terminal:g}, expected less than 1")
+    return Stretched(shift, terminal) if terminal else shift
+
+
+def shift_json(shift: Shift) -> Json:
+    """The keys that `shift_from` reads."""
+    if isinstance(shift, Stretched):
+        return {"shift": shift.shift, "shift_terminal": shift.terminal}
+    return {"shift": shift}
 
 
 class _Config:
@@ -193,7 +207,7 @@ def export_diffusers(
     vae: VAE,
     text: TextEncoders,
     *,
-    shift: float = SHIFT,
+    shift: Shift = SHIFT,
     max_shard_bytes: int = 5_000_000_000,
     dtype: torch.dtype | None = None,
     sample_side: int = 1024,
@@ -218,7 +232,7 @@ def export_diffusers(
     index |= {TRANSFORMER: ["diffusers", "SD3Transformer2DModel"], VAE_FOLDER: ["diffusers", "AutoencoderKL"]}
     index |= _write_text(folder, text, files)
     index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-    schedule = {"_class_name": index["scheduler"][1], "num_train_timesteps": TRAIN_STEPS, "shift": shift}
+    schedule = {"_class_name": index["scheduler"][1], "num_train_timesteps": TRAIN_STEPS, **shift_json(shift)}
     _write_json(folder / "scheduler" / "scheduler_config.json", schedule)
     _write_json(folder / "model_index.json", index | {"image_encoder": [None, None], "feature_extractor": [None, None]})
 

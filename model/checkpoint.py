@@ -1,17 +1,17 @@
 """Published weights to a pipeline's parts: strict, and straight to the device.
 
-Two layouts, told apart by what is there:
+Two layouts and their variants, told apart by what is there:
 
 - diffusers: a folder with model_index.json;
 - Stability's: a single file (or a folder with one), with clip_l, clip_g and t5xxl files beside it, in text_encoders/ or
-  inside it, and the tokenizers' folders beside it.
+  inside it, and the tokenizers' folders beside it;
+- a variant: a folder with a low-rank difference and a darkroom.json that names its base, of either layout.
 
 What is wrong with the files is a CheckpointError. All names and shapes are checked before any weights are read.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,9 @@ from model.bundle import TOKENIZERS, export_diffusers
 from model.config import VARIANTS, MMDiTConfig, VAEConfig
 from model.keys import Rule, clip_name, mmdit_rules, original, t5_name, vae_rules
 from model.layouts import Sources, find
+from model.lowrank import Difference
 from model.mmdit import MMDiT
+from model.sampling import Shift
 from model.text import TextEncoders
 from model.vae import VAE
 from model.weights import CheckpointError, Weights
@@ -58,7 +60,7 @@ class Components:
     vae_config: VAEConfig
     variant: str  # large | large-turbo | medium | other
     revision: str  # changes when the files do
-    shift: float  # of the timesteps
+    shift: Shift  # of the timesteps
 
 
 def load_components(
@@ -69,40 +71,52 @@ def load_components(
     tokenizers: Path | None = None,
     load_t5: bool = True,
     variant: str | None = None,
+    shared: Components | None = None,
 ) -> Components:
-    """Load a checkpoint of either layout.
+    """Load a checkpoint of either layout, or a variant of one.
 
-    path : a diffusers folder, Stability's single file, or a folder with one
+    path : a diffusers folder, Stability's single file, a folder with one, or a variant's folder
     dtype : of every weight (T5's `wo` stays fp32 where this is fp16, which it overflows)
     tokenizers : the folder of tokenizer/, tokenizer_2/ and tokenizer_3/, if they are not beside the weights
     load_t5 : False leaves T5 out; its part of the context is then zeros
     variant : what the operator says this is. Turbo has Large's shapes: only this tells them apart.
+    shared : another model of the same base (lowrank.base_of), whose VAE and encoders serve this one too
     raises CheckpointError : names the file or tensor, what was found and what is expected; nothing stays loaded
     """
     sources = find(Path(path), load_t5)
     name = variant_of(sources.mmdit_config, variant)
     _check_widths(sources)
-    tokens = _tokenizers(tokenizers or sources.tokenizers, with_t5=sources.t5 is not None)
+    to = (torch.device(device), dtype)
     layout = original if sources.original else tuple
     mmdit = _plan(lambda: MMDiT(sources.mmdit_config), sources.mmdit, layout(mmdit_rules(sources.mmdit_config)))
-    vae = _plan(lambda: VAE(sources.vae_config), sources.vae, layout(vae_rules(sources.vae_config)))
+    if shared:
+        vae, text = shared.vae, shared.text
+    else:
+        vae_plan = _plan(lambda: VAE(sources.vae_config), sources.vae, layout(vae_rules(sources.vae_config)))
+        text = _text(sources, tokenizers or sources.tokenizers, to)
+        vae = vae_plan.filled(*to)
+    return Components(
+        mmdit=mmdit.filled(*to, sources.difference),
+        vae=vae,
+        text=text,
+        mmdit_config=sources.mmdit_config,
+        vae_config=sources.vae_config,
+        variant=name,
+        revision=sources.revision,
+        shift=sources.shift,
+    )
+
+
+def _text(sources: Sources, tokenizers: Path, to: tuple[torch.device, torch.dtype]) -> TextEncoders:
+    """The encoders and tokenizers, checked before any is filled."""
+    tokens = _tokenizers(tokenizers, with_t5=sources.t5 is not None)
     clip_l = _plan(lambda: CLIPTextModelWithProjection(sources.clip_l_config), sources.clip_l, clip_name, PROJECTION)
     clip_g = _plan(lambda: CLIPTextModelWithProjection(sources.clip_g_config), sources.clip_g, clip_name)
     t5 = None
     if sources.t5 is not None and (t5_config := sources.t5_config) is not None:
         t5 = _plan(lambda: T5EncoderModel(t5_config), sources.t5, t5_name)
-    to = (torch.device(device), dtype)
     encoders = clip_l.filled(*to), clip_g.filled(*to), t5.filled(*to) if t5 else None
-    return Components(
-        mmdit=mmdit.filled(*to),
-        vae=vae.filled(*to),
-        text=TextEncoders(*encoders, tokens, sources.mmdit_config.context_dim),
-        mmdit_config=sources.mmdit_config,
-        vae_config=sources.vae_config,
-        variant=name,
-        revision=_revision(sources),
-        shift=sources.shift,
-    )
+    return TextEncoders(*encoders, tokens, sources.mmdit_config.context_dim)
 
 
 def variant_of(config: MMDiTConfig, said: str | None = None) -> str:
@@ -125,13 +139,17 @@ class _Plan(Generic[N]):
     rules: tuple[Rule, ...]
     identity: str | None  # a square tensor that the files may lack and lack
 
-    def filled(self, device: torch.device, dtype: torch.dtype) -> N:
-        """The net with its weights on the device, ready to run."""
+    def filled(self, device: torch.device, dtype: torch.dtype, difference: Difference | None = None) -> N:
+        """The net with its weights on the device, ready to run; a difference is added to them in fp32."""
         parameters = {name for name, _ in self.net.named_parameters(remove_duplicate=False)}
         read: dict[tuple[str, ...], Tensor] = {}  # by source: T5's embedding has two names and stays one tensor
         for rule in self.rules:
             if rule.sources not in read:
-                tensor = rule.gather([self._read(source, device, dtype) for source in rule.sources])
+                change = difference.of(rule.name, device) if difference else None
+                kind = dtype if change is None else torch.float32
+                tensor = rule.gather([self._read(source, device, kind) for source in rule.sources])
+                if change is not None:
+                    tensor = (tensor + change).to(dtype)
                 read[rule.sources] = nn.Parameter(tensor, requires_grad=False) if rule.name in parameters else tensor
         state = {rule.name: read[rule.sources] for rule in self.rules}
         if self.identity is not None:
@@ -212,11 +230,3 @@ def _tokenizer(folder: Path, default: type[PreTrainedTokenizerBase]) -> PreTrain
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"{folder}: the tokenizer has no end token")
     return tokenizer
-
-
-def _revision(sources: Sources) -> str:
-    """Twelve hex digits of the weights files' fingerprints and of what the config files say."""
-    digest = hashlib.sha256(repr((sources.mmdit_config, sources.vae_config, sources.shift)).encode())
-    for fingerprint in sorted(file.fingerprint() for file in sources.files):
-        digest.update(fingerprint)
-    return digest.hexdigest()[:12]

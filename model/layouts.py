@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +23,8 @@ from model.keys import (
     t5_sizes_of,
     vae_config_of,
 )
-from model.sampling import SHIFT
+from model.lowrank import CARD, Difference, Variant, variant_at
+from model.sampling import SHIFT, Shift
 from model.weights import PICKLES, CheckpointError, Entry, WeightFile, Weights, tensors_of, under
 
 IGNORED = ("position_ids", "logit_scale", "betas", "alphas_cumprod", "denoiser.sigmas", "model_sampling.sigmas")
@@ -64,22 +66,55 @@ class Sources:
     t5_config: T5Config | None
     tokenizers: Path  # the folder of tokenizer/, tokenizer_2/ and tokenizer_3/
     original: bool  # Stability's names; else diffusers'
-    shift: float = SHIFT
+    shift: Shift = SHIFT
+    difference: Difference | None = None  # from the MMDiT of these files
 
     @property
     def files(self) -> list[WeightFile]:
         """Every weights file."""
         nets = [net for net in (self.mmdit, self.vae, self.clip_l, self.clip_g, self.t5) if net is not None]
-        return list({file.path: file for net in nets for file in net.files}.values())
+        files = {file.path: file for net in nets for file in net.files}
+        return [*files.values(), *([self.difference.file] if self.difference else [])]
+
+    @property
+    def revision(self) -> str:
+        """Changes when anything here does."""
+        return _digest((self.mmdit_config, self.vae_config, self.shift), self.files)
+
+    @property
+    def base_revision(self) -> str:
+        """Changes when the MMDiT that a variant may differ from does."""
+        return _digest((self.mmdit_config,), self.mmdit.files)
+
+
+def _digest(said: tuple[object, ...], files: Iterable[WeightFile]) -> str:
+    """Twelve hex digits of the weights files' fingerprints and of what the config files say."""
+    digest = hashlib.sha256(repr(said).encode())
+    for fingerprint in sorted(file.fingerprint() for file in files):
+        digest.update(fingerprint)
+    return digest.hexdigest()[:12]
 
 
 def find(path: Path, load_t5: bool = True) -> Sources:
-    """The parts of a checkpoint: a diffusers folder, Stability's single file, or a folder with one."""
+    """The parts of a checkpoint: a diffusers folder, Stability's single file, a folder with one, or a variant's."""
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
+    if (variant := variant_at(path)) is not None:
+        return _differing(variant, find(variant.base, load_t5))
     if (path / "model_index.json").is_file():
         return _diffusers(path, load_t5)
     return _original(path, load_t5)
+
+
+def _differing(variant: Variant, base: Sources) -> Sources:
+    """The parts of a variant."""
+    if variant.base_revision not in (None, base.base_revision):
+        raise CheckpointError(
+            f"{variant.folder} is a difference from revision {variant.base_revision}, "
+            f"but {variant.base} is {base.base_revision}"
+        )
+    difference = Difference(WeightFile(variant.file), base.mmdit_config)
+    return replace(base, difference=difference, shift=bundle.shift_from(variant.folder / CARD, base.shift))
 
 
 def _diffusers(folder: Path, load_t5: bool) -> Sources:

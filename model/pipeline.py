@@ -1,129 +1,56 @@
-"""A picture as a generator of GPU work, and the pipeline that does the work, batched."""
+"""The pipeline that does a picture's work, batched."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.embeddings import Text
 from model.mmdit import MMDiT
-from model.params import GenerationParams
-from model.sampling import SHIFT, Step, noise, schedule
-from model.text import T5_LENGTH, Text, TextEncoders
+from model.previews import PreviewMap, fit_to
+from model.sampling import SHIFT, Shift, Step, noise
+from model.text import T5_LENGTH, TextEncoders
 from model.vae import VAE
+from model.work import Begin, Decode, Denoise, Encode, Latents, NonFiniteLatents, Rendering, Work, generate
+
+__all__ = [
+    "Begin", "Decode", "Denoise", "Encode", "Latents", "Lookups", "NonFiniteLatents", "Pipeline", "Rendering", "Work",
+    "generate", "run",
+]  # fmt: skip
 
 
-class NonFiniteLatents(ArithmeticError):
-    """The latents of a picture hold NaN or infinity."""
+@dataclass
+class Lookups:
+    """How often a text was found in the cache, since the start."""
 
-
-@dataclass(eq=False)
-class Latents:
-    """A picture in the making: a handle for its generator; only the pipeline touches the tensors."""
-
-    x: Tensor  # shape = (16, h/8, w/8), fp32
-    previous: Tensor | None = None  # the last guided prediction of the clean latents, for second-order solvers
-
-
-@dataclass(frozen=True, eq=False)
-class Encode:
-    """Encode texts; gives one Text each."""
-
-    stage: ClassVar[str] = "text_encode"
-    prompts: tuple[str, ...]
-
-    @property
-    def key(self) -> Hashable:
-        """Work of equal keys can share a batch."""
-        return "encode"
-
-
-@dataclass(frozen=True, eq=False)
-class Begin:
-    """Draw a picture's noise; gives its Latents."""
-
-    stage: ClassVar[str] = "noise"
-    seed: int
-    width: int
-    height: int
-
-    @property
-    def key(self) -> Hashable:
-        """Work of equal keys can share a batch."""
-        return "begin"
-
-
-@dataclass(frozen=True, eq=False)
-class Denoise:
-    """Take one solver step in place; gives None."""
-
-    stage: ClassVar[str] = "denoise"
-    latents: Latents
-    step: Step
-    text: Text
-    negative: Text | None  # None: unguided
-    guidance_scale: float
-
-    @property
-    def key(self) -> Hashable:
-        """Work of equal keys can share a batch: sigma, solver, guidance and seed may differ from row to row."""
-        return "denoise", self.latents.x.shape, self.text.context.shape
-
-    @property
-    def rows(self) -> int:
-        """Rows of the batch that this takes."""
-        return 1 if self.negative is None else 2
-
-
-@dataclass(frozen=True, eq=False)
-class Decode:
-    """Latents to 8-bit RGB; gives a tensor of shape = (h, w, 3), uint8, on the CPU."""
-
-    stage: ClassVar[str] = "vae_decode"
-    latents: Latents
-
-    @property
-    def key(self) -> Hashable:
-        """Work of equal keys can share a batch; decoding is memory-bound and runs one by one."""
-        return "decode", id(self.latents)
-
-
-Work = Encode | Begin | Denoise | Decode
-
-
-@dataclass(frozen=True, eq=False)
-class Rendering:
-    """A finished picture, before it is a file."""
-
-    pixels: Tensor  # shape = (h, w, 3), uint8, on the CPU
-    warnings: tuple[str, ...] = ()
-
-
-def generate(params: GenerationParams, shift: float = SHIFT) -> Generator[Work, Any, Rendering]:
-    """One picture, as the work it needs: send each work's result, get the next work."""
-    prompts = (params.prompt, params.negative_prompt) if params.guided else (params.prompt,)
-    text, *rest = yield Encode(prompts)
-    negative = rest[0] if rest else None
-    latents = yield Begin(params.seed, params.width, params.height)
-    for step in schedule(params.sampler, params.steps, shift):
-        yield Denoise(latents, step, text, negative, params.guidance_scale)
-    pixels = yield Decode(latents)
-    return Rendering(pixels, (*text.warnings, *(f"negative: {w}" for w in (negative.warnings if negative else ()))))
+    hits: int = 0
+    misses: int = 0
 
 
 class Pipeline:
-    """One loaded model: does batches of work of equal keys."""
+    """One loaded model: does batches of work of equal keys. For one thread."""
 
     def __init__(
-        self, mmdit: MMDiT, vae: VAE, text: TextEncoders, *, shift: float = SHIFT, t5_length: int = T5_LENGTH
+        self,
+        mmdit: MMDiT,
+        vae: VAE,
+        text: TextEncoders,
+        *,
+        shift: Shift = SHIFT,
+        t5_length: int = T5_LENGTH,
+        preview_map: PreviewMap | None = None,
     ) -> None:
         self.mmdit, self.vae, self.text = mmdit, vae, text
         self.shift, self.t5_length = shift, t5_length
+        self.lookups = Lookups()
         if self.device.type == "cpu":
             _channels_last(self.vae)  # 1.5 times as fast there; slower on CUDA
+        self._preview_map = preview_map  # None: fitted to the VAE when it is first needed
 
     @property
     def device(self) -> torch.device:
@@ -136,34 +63,61 @@ class Pipeline:
         return self.mmdit.context_embedder.weight.dtype
 
     @torch.inference_mode()
-    def run(self, batch: Sequence[Work]) -> list[Any]:
-        """The results of works of one key, in order; a work that alone went wrong has its exception as result."""
+    def run(self, batch: Sequence[Work], max_rows: int | None = None) -> list[Any]:
+        """The results of works of one key, in order; a work that alone went wrong has its exception as result.
+
+        max_rows : rows of one pass through the MMDiT or the encoders, where memory is short; absent: all at once
+        """
         do: dict[type, Callable[[Any], list[Any]]] = {
-            Encode: self._encode,
+            Encode: lambda batch: self._encode(batch, max_rows),
             Begin: self._begin,
-            Denoise: self._denoise,
+            Denoise: lambda batch: self._denoise(batch, max_rows),
             Decode: self._decode,
         }
-        return do[type(batch[0])](batch)
+        with _fixed_kernels(batch[0].deterministic):
+            return do[type(batch[0])](batch)
 
-    def _encode(self, batch: Sequence[Encode]) -> list[list[Text]]:
-        unique = list(dict.fromkeys(prompt for work in batch for prompt in work.prompts))
-        texts = dict(zip(unique, self.text.encode(unique, self.t5_length), strict=True))
+    @torch.inference_mode()
+    def preview(self, latents: Latents) -> Tensor:
+        """What a picture in the making will look like, small; shape = (h, w, 3), uint8, on the CPU, sides to 256."""
+        if self._preview_map is None:
+            self._preview_map = fit_to(self.vae)
+        return self._preview_map.rgb(latents.x if latents.previous is None else latents.previous)
+
+    def _encode(self, batch: Sequence[Encode], max_rows: int | None) -> list[list[Text]]:
+        alone = batch[0].deterministic
+        wanted = dict.fromkeys(prompt for work in batch for prompt in work.prompts)
+        keys = {prompt: (prompt, self.t5_length, alone) for prompt in wanted}
+        texts = {prompt: text for prompt, key in keys.items() if (text := self.text.cache.get(key)) is not None}
+        missing = [prompt for prompt in wanted if prompt not in texts]
+        self.lookups.hits += len(texts)
+        self.lookups.misses += len(missing)
+        size = 1 if alone else max_rows or max(1, len(missing))
+        for i in range(0, len(missing), size):
+            together = missing[i : i + size]
+            for prompt, text in zip(together, self.text.encode(together, self.t5_length), strict=True):
+                texts[prompt] = text
+                self.text.cache.put(keys[prompt], text)
         return [[texts[prompt] for prompt in work.prompts] for work in batch]
 
     def _begin(self, batch: Sequence[Begin]) -> list[Latents]:
         channels = self.mmdit.config.in_channels
         return [Latents(noise(w.seed, w.width, w.height, channels).to(self.device)) for w in batch]
 
-    def _denoise(self, batch: Sequence[Denoise]) -> list[None]:
+    def _denoise(self, batch: Sequence[Denoise], max_rows: int | None) -> list[None]:
         rows = [(work, text) for work in batch for text in (work.text, work.negative) if text is not None]
-        velocities = iter(self._velocity(rows))
+        size = max_rows or len(rows)
+        velocities = (v for i in range(0, len(rows), size) for v in self._velocity(rows[i : i + size]))
+        advanced = []
         for work in batch:
             v = next(velocities)
             if work.negative is not None:
                 v_negative = next(velocities)
                 v = v_negative + work.guidance_scale * (v - v_negative)
-            _advance(work.latents, work.step, v)
+            advanced.append(_advanced(work.latents, work.step, v))
+        # Only now, when nothing can fail any more: a batch that ran out of memory is run again.
+        for work, (x, denoised) in zip(batch, advanced, strict=True):
+            work.latents.x, work.latents.previous = x, denoised
         return [None] * len(batch)
 
     def _velocity(self, rows: Sequence[tuple[Denoise, Text]]) -> Tensor:
@@ -183,6 +137,23 @@ class Pipeline:
         return self.vae.to_pixels(x[None])[0].cpu()
 
 
+@contextmanager
+def _fixed_kernels(wanted: bool) -> Iterator[None]:
+    """Convolutions by kernels that the shapes alone decide, and that add in a fixed order, if so wanted.
+
+    Nothing else here needs it: on one stream, forward passes of matrix products, attention and norms are repeatable
+    on one kind of GPU, and no other kernel is chosen by timing. The switches are global; one thread owns the GPU.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    if wanted:
+        cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
+
+
 def _channels_last(module: torch.nn.Module) -> None:
     """Lay out the weights of every convolution with the channels last."""
     for parameter in module.parameters():
@@ -190,17 +161,19 @@ def _channels_last(module: torch.nn.Module) -> None:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
-def _advance(latents: Latents, step: Step, velocity: Tensor) -> None:
-    """One solver step in place, in fp32."""
+def _advanced(latents: Latents, step: Step, velocity: Tensor) -> tuple[Tensor, Tensor]:
+    """The latents after one solver step, and the prediction of the clean ones that it took, in fp32."""
     denoised = latents.x - step.sigma * velocity
     x = step.keep * latents.x + step.denoised * denoised
     if step.previous and latents.previous is not None:
         x = x + step.previous * latents.previous
-    latents.x, latents.previous = x, denoised
+    return x, denoised
 
 
-def run(generator: Generator[Work, Any, Rendering], pipeline: Pipeline) -> Rendering:
-    """Drive one picture alone."""
+def run(
+    generator: Generator[Work, Any, Rendering], pipeline: Pipeline, did: Callable[[Work], None] | None = None
+) -> Rendering:
+    """Drive one picture alone; `did` hears of each work when it is done."""
     result = None
     while True:
         try:
@@ -208,5 +181,7 @@ def run(generator: Generator[Work, Any, Rendering], pipeline: Pipeline) -> Rende
         except StopIteration as end:
             return end.value
         (result,) = pipeline.run([work])
+        if did:
+            did(work)
         if isinstance(result, Exception):
             result = generator.throw(result)  # raises here, unless the generator knows better

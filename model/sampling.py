@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,6 +17,21 @@ SHIFT = 3.0
 """Of the published models' schedules."""
 
 TRAIN_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Stretched:
+    """A timestep shift whose levels are then stretched: the last one before 0 is `terminal`.
+
+    The published levels end at 0.009, so a run of few steps wastes one. diffusers has the same as `shift_terminal`.
+    """
+
+    shift: float
+    terminal: float  # above 0, below 1
+
+
+Shift = float | Stretched
+"""How the noise levels of a run are spaced."""
 
 
 class Step(NamedTuple):
@@ -35,14 +51,24 @@ def shifted(t: float, shift: float = SHIFT) -> float:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def sigmas(steps: int, shift: float = SHIFT) -> tuple[float, ...]:
+def sigmas(steps: int, shift: Shift = SHIFT) -> tuple[float, ...]:
     """The noise levels of a run, from 1 down to 0; `steps` + 1 of them.
 
     The published schedule shifts its lower end twice, so the last level before 0 is 0.0089 for shift 3.
     """
+    if isinstance(shift, Stretched):
+        return _stretched(sigmas(steps, shift.shift), shift.terminal)
     low = shifted(1 / TRAIN_STEPS, shift)
     stride = (1 - low) / (steps - 1) if steps > 1 else 0.0
     return (*(shifted(1 - i * stride, shift) for i in range(steps)), 0.0)
+
+
+def _stretched(levels: tuple[float, ...], terminal: float) -> tuple[float, ...]:
+    """Levels from 1 down, the last one before 0 moved to `terminal` and the others in proportion."""
+    if len(levels) < 3:
+        return levels
+    scale = (1 - terminal) / (1 - levels[-2])
+    return (*(1 - (1 - level) * scale for level in levels[:-1]), 0.0)
 
 
 def euler(levels: Sequence[float]) -> list[Step]:
@@ -68,7 +94,7 @@ def dpmpp_2m(levels: Sequence[float]) -> list[Step]:
     return steps
 
 
-def schedule(sampler: Sampler, steps: int, shift: float = SHIFT) -> list[Step]:
+def schedule(sampler: Sampler, steps: int, shift: Shift = SHIFT) -> list[Step]:
     """The steps of a run."""
     solver = {"euler": euler, "dpmpp_2m": dpmpp_2m}[sampler]
     return solver(sigmas(steps, shift))

@@ -11,17 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
+from model.embeddings import EmbeddingCache, Text
+
+__all__ = ["CLIP_LENGTH", "T5_LENGTH", "Text", "TextEncoders", "Tokenizer", "Tokens"]
+
+CLIP_LENGTH = 77
+"""Tokens of both CLIP encoders, which share their part of the context."""
+
 T5_LENGTH = 256
 """Tokens of T5 by default. Pads are attended, so another length gives another picture."""
-
-
-@dataclass(frozen=True, eq=False)
-class Text:
-    """One encoded prompt."""
-
-    context: Tensor  # shape = (clip tokens + t5 tokens, context_dim)
-    pooled: Tensor  # shape = (pooled_dim,)
-    warnings: tuple[str, ...] = ()  # what was cut off
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,7 @@ class TextEncoders:
         context_dim: int,
     ) -> None:
         self.clip_l, self.clip_g, self.t5, self.context_dim = clip_l, clip_g, t5, context_dim
+        self.cache = EmbeddingCache()
         clip_l_tokenizer, clip_g_tokenizer, t5_tokenizer = tokenizers
         if clip_l_tokenizer is None or clip_g_tokenizer is None:
             raise ValueError("both CLIP encoders need a tokenizer")
@@ -88,10 +87,12 @@ class TextEncoders:
         clip = F.pad(clip, (0, self.context_dim - clip.shape[-1]))
         context = torch.cat([clip, sequence_t5.to(clip.dtype)], dim=1)
         pooled = torch.cat([pooled_l, pooled_g], dim=-1)
-        return [
-            Text(context[i], pooled[i], _warnings({"CLIP": max(lg.cut, g.cut), "T5": t5.cut if t5 else None}))
-            for i, (lg, g, t5) in enumerate(zip(tokens_l, tokens_g, tokens_t5, strict=True))
+        warnings = [
+            _warnings({"CLIP": max(lg.cut, g.cut), "T5": t5.cut if t5 else None})
+            for lg, g, t5 in zip(tokens_l, tokens_g, tokens_t5, strict=True)
         ]
+        # Clones: a text that is kept must not hold the memory of its whole batch.
+        return [Text(context[i].clone(), pooled[i].clone(), warnings[i]) for i in range(len(prompts))]
 
     def _clip(
         self, encoder: CLIPTextModelWithProjection, tokenizer: Tokenizer, prompts: Sequence[str]

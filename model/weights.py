@@ -34,8 +34,8 @@ class WeightFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.header, self._start = _header(path)
-        metadata = self.header.pop("__metadata__", None) or {}
-        self.quantized = _quantized_layers(path, metadata)
+        self.metadata: dict[str, str] = self.header.pop("__metadata__", None) or {}
+        self.quantized = _quantized_layers(path, self.metadata)
         self._handles: dict[str, Any] = {}
 
     def read(self, key: str, device: torch.device) -> Tensor:

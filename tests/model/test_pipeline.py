@@ -134,3 +134,62 @@ def test_work_of_one_size_shares_a_key_whatever_its_sigma_and_guidance(pipeline:
     assert guided.key == Denoise(second, steps[5], text, None, 1.0).key
     assert guided.key != Denoise(wide, steps[0], text, negative, 4.5).key
     assert (guided.rows, Denoise(second, steps[5], text, None, 1.0).rows) == (2, 1)
+
+
+def test_deterministic_work_shares_no_batch(pipeline: Pipeline) -> None:
+    asked = [params(seed=seed) for seed in (1, 2)]
+    alone = [generate(one, pipeline.shift, deterministic=True) for one in asked]
+    work = [next(generator) for generator in alone]
+    while not isinstance(work[0], Decode):
+        assert isinstance(work[0], Begin) or work[0].key != work[1].key
+        work = [generator.send(pipeline.run([one])[0]) for generator, one in zip(alone, work, strict=True)]
+    assert all(isinstance(one, Decode) and one.deterministic for one in work)
+
+
+@pytest.mark.parametrize("max_rows", [1, 3])
+def test_denoising_few_rows_at_a_time_equals_all_at_once(pipeline: Pipeline, max_rows: int) -> None:
+    def step(limit: int | None) -> list[Tensor]:
+        text, negative = pipeline.text.encode(["a", "b"], 77)
+        latents = pipeline.run([Begin(seed, 64, 64) for seed in (1, 2, 3)])
+        first = schedule("dpmpp_2m", 8)[0]
+        pipeline.run([Denoise(one, first, text, negative, 4.5) for one in latents], max_rows=limit)
+        return [one.x for one in latents]
+
+    with torch.inference_mode():
+        for found, expected in zip(step(max_rows), step(None), strict=True):
+            torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_batch_that_fails_moves_no_latents(pipeline: Pipeline) -> None:
+    text, _ = pipeline.text.encode(["a", "b"], 77)
+    good, bad = pipeline.run([Begin(seed, 64, 64) for seed in (1, 2)])
+    before = good.x.clone()
+    bad.previous = torch.zeros(3)  # the last thing that its step reads
+    second = schedule("dpmpp_2m", 8)[1]
+    with pytest.raises(RuntimeError):
+        pipeline.run([Denoise(one, second, text, None, 1.0) for one in (good, bad)])
+    assert torch.equal(good.x, before)
+
+
+def test_kernels_are_fixed_for_deterministic_work_alone(pipeline: Pipeline) -> None:
+    seen = []
+
+    class Spy(torch.nn.Module):
+        pos_embed = pipeline.mmdit.pos_embed
+        context_embedder = pipeline.mmdit.context_embedder
+
+        def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+            seen.append((torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark))
+            return x
+
+    spied = Pipeline(Spy(), pipeline.vae, pipeline.text, shift=pipeline.shift)  # type: ignore[arg-type]
+    text, _ = pipeline.text.encode(["a", "b"], 77)
+    (latents,) = pipeline.run([Begin(1, 64, 64)])
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        for deterministic in (True, False):
+            spied.run([Denoise(latents, schedule("euler", 2)[0], text, None, 1.0, deterministic)])
+    finally:
+        torch.backends.cudnn.benchmark = before
+    assert seen == [(True, False), (False, True)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from model.sampling import Step, dpmpp_2m, euler, noise, schedule, sigmas
+from model.sampling import Step, Stretched, dpmpp_2m, euler, noise, schedule, sigmas
 
 
 @pytest.mark.parametrize("steps", [1, 4, 28, 40])
@@ -17,6 +17,19 @@ def test_sigmas_equal_diffusers(steps: int) -> None:
     scheduler.set_timesteps(steps)
     # Theirs are computed in fp32, ours in fp64.
     torch.testing.assert_close(torch.tensor(sigmas(steps)), scheduler.sigmas, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [2, 4, 28])
+def test_stretched_sigmas_equal_diffusers(steps: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.4)
+    scheduler.set_timesteps(steps)
+    found = sigmas(steps, Stretched(3.0, 0.4))
+    torch.testing.assert_close(torch.tensor(found), scheduler.sigmas, atol=1e-6, rtol=0)
+    assert found[-2] == pytest.approx(0.4)
+
+
+def test_one_stretched_step_goes_all_the_way() -> None:
+    assert sigmas(1, Stretched(3.0, 0.4)) == (1.0, 0.0)
 
 
 def test_sigmas_of_four_steps_are_the_published_ones() -> None:
