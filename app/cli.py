@@ -1,26 +1,23 @@
-"""`darkroom up | gateway | worker | generate | doctor`: starts processes and speaks HTTP; never imports torch."""
+"""`darkroom up | gateway | worker | generate | queue | doctor`: starts processes, speaks HTTP; never imports torch."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated
 
 import typer
-from pydantic import ValidationError
-from pydantic_settings import BaseSettings
 
 from app.client import Client, Refused, Unreachable
 from app.generate import Canceled, GenerateFailed, Request, generate_pictures
+from app.operator import queue_commands
 from app.stack import COMMANDS, Stack, StackFailed, StackSettings
-from worker.contract.settings import complaints
+from app.terminal import INTERRUPTED, fail, interruptible, read_settings, say
 
 cli = typer.Typer(
     name="darkroom",
@@ -29,13 +26,12 @@ cli = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+cli.add_typer(queue_commands, name="queue", no_args_is_help=True)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-INTERRUPTED = 130
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on.  [env: DARKROOM_HOST; default: 127.0.0.1]")]
 Port = Annotated[int | None, typer.Option(help="Port to listen on.  [env: DARKROOM_PORT; default: 8000]")]
-Settings = TypeVar("Settings", bound=BaseSettings)
 
 
 def main() -> None:
@@ -57,22 +53,22 @@ def up(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs here instead of in files.")] = False,
 ) -> None:
     """Start everything on this machine: gateway, worker, and a Valkey if DARKROOM_REDIS_URL names none."""
-    settings = _read(StackSettings, host=host, port=port)
+    settings = read_settings(StackSettings, host=host, port=port)
     try:
-        with _interruptible(), Stack(settings, _say, verbose=verbose) as stack:
+        with interruptible(), Stack(settings, say, verbose=verbose) as stack:
             model = stack.wait_ready()[0]
-            _say(f"\nDarkroom is ready at {stack.url} (API: {stack.url}/openapi.json). Ctrl-C stops it. Try:\n")
-            _say(f'  darkroom generate "a red circle on a blue background" --url {stack.url}\n')
-            _say(_curl(stack.url, model) + "\n")
+            say(f"\nDarkroom is ready at {stack.url} (API: {stack.url}/openapi.json). Ctrl-C stops it. Try:\n")
+            say(f'  darkroom generate "a red circle on a blue background" --url {stack.url}\n')
+            say(_curl(stack.url, model) + "\n")
             try:
                 stack.supervise()
             except KeyboardInterrupt:
-                _say("stopping: the worker finishes what it runs; a second Ctrl-C does not wait")
+                say("stopping: the worker finishes what it runs; a second Ctrl-C does not wait")
     except StackFailed as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
-    _say("stopped")
+    say("stopped")
 
 
 @cli.command()
@@ -82,14 +78,18 @@ def gateway(host: Host = None, port: Port = None) -> None:
     from app.main import serve
     from app.settings import GatewaySettings
 
-    serve(_read(GatewaySettings, host=host, port=port))
+    serve(read_settings(GatewaySettings, host=host, port=port))
 
 
 @cli.command()
-def worker() -> None:
+def worker(
+    gpus: Annotated[
+        str | None, typer.Option(help="A process for each GPU: all, or indices such as 0,2.  [env: DARKROOM_GPUS]")
+    ] = None,
+) -> None:
     """Run the GPU worker alone. Needs a Redis (DARKROOM_REDIS_URL); serves the models of DARKROOM_MODELS."""
     _require("worker", "torch", "transformers", "safetensors")
-    os.execv(sys.executable, COMMANDS["worker"])
+    os.execv(sys.executable, [*COMMANDS["worker"], *([] if gpus is None else ["--gpus", gpus])])
 
 
 @cli.command()
@@ -97,6 +97,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
     negative: Annotated[str | None, typer.Option(help="What it shall not show.")] = None,
     model: Annotated[str | None, typer.Option(help="A model of the server; left out: one that it has loaded.")] = None,
+    every_model: Annotated[
+        bool, typer.Option("--every-model", help="A picture of each model that the server has loaded.")
+    ] = False,
     width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
@@ -121,18 +124,18 @@ def generate(
         "num_images": num_images,
     }
     options = {name: value for name, value in given.items() if value is not None}
-    request = Request(prompt, model, format, output, options)
+    request = Request(prompt, model, every_model, format, output, options)
     try:
-        with _interruptible(), ExitStack() as cleanup:
+        with interruptible(), ExitStack() as cleanup:
             if embedded:
                 url = _start_for_one_job(cleanup)
             with Client(url) as client:
                 generate_pictures(client, request)
     except Unreachable as error:
         hint = "" if embedded else "; start a server with `darkroom up`, or name one with --url"
-        _fail(f"{error}{hint}")
+        fail(f"{error}{hint}")
     except (GenerateFailed, Refused, StackFailed) as error:
-        _fail(str(error))
+        fail(str(error))
     except Canceled as canceled:
         typer.echo(str(canceled), err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -149,50 +152,24 @@ def doctor(
     from app.doctor import ROLES, examine, is_well, render
 
     if role not in ROLES:
-        _fail(f"--role is {role!r}; allowed: {', '.join(ROLES)}")
-    findings = examine(_read(StackSettings), role)
+        fail(f"--role is {role!r}; allowed: {', '.join(ROLES)}")
+    findings = examine(read_settings(StackSettings), role)
     render(findings, as_json=as_json)
     raise typer.Exit(0 if is_well(findings) else 1)
 
 
 def _start_for_one_job(cleanup: ExitStack) -> str:
     folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="darkroom-", ignore_cleanup_errors=True)))
-    settings = _read(StackSettings, data_dir=folder, host="127.0.0.1", port=0, worker_grace_s=5)
+    settings = read_settings(StackSettings, data_dir=folder, host="127.0.0.1", port=0, grace_s=5)
     stack = cleanup.enter_context(Stack(settings, lambda line: typer.echo(line, err=True), alone=True))
     stack.wait_ready()
     return stack.url
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM and a closed terminal end us as Ctrl-C does: in order."""
-
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in previous.items():
-        if handler != signal.SIG_IGN:  # nohup
-            signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _read(kind: type[Settings], **options: Any) -> Settings:
-    """The settings of environment and options, or one line for each that is wrong."""
-    try:
-        return kind(**{name: value for name, value in options.items() if value is not None})
-    except ValidationError as error:
-        _fail(complaints(error))
-
-
 def _require(role: str, *packages: str) -> None:
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        _fail(f"the {role} needs {', '.join(missing)}: pip install 'darkroom[{role}]'")
+        fail(f"the {role} needs {', '.join(missing)}: pip install 'darkroom[{role}]'")
 
 
 def _curl(url: str, model: str) -> str:
@@ -200,16 +177,6 @@ def _curl(url: str, model: str) -> str:
         f"  curl -s {url}/v1/generations -H 'content-type: application/json' -H 'prefer: wait=60' \\\n"
         f'    -d \'{{"model": "{model}", "prompt": "a red circle on a blue background"}}\''
     )
-
-
-def _say(line: str) -> None:
-    typer.echo(line)
-    sys.stdout.flush()
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def examine(
             findings.append(check_packages(part, packages))
     if role != "gateway":
         findings.append(check_gpu(env.get("DARKROOM_DEVICE", "auto"), run))
-        findings += check_models(env.get("DARKROOM_MODELS", "demo"))
+        findings += check_models(env.get("DARKROOM_MODELS", ",".join(_bundled())))
     findings += check_embedded(settings, run) if settings.embedded and role == "all" else check_redis(settings)
     findings += check_folder("pictures", settings.pictures if role == "all" else settings.store_dir)
     if role != "worker":
@@ -135,10 +135,10 @@ def check_models(models: str) -> Iterator[Finding]:
     for entry in filter(None, (part.strip() for part in models.split(","))):
         name, _, path = entry.partition("=")
         what = f"model {name}"
-        if entry == "demo":
-            problem = _problem_of(_demo_bundle())
+        if entry in _bundled():
+            path = str(_bundles() / entry)
+            problem = _problem_of(Path(path))
             mend = "the package is incomplete: install it again, or name models in DARKROOM_MODELS"
-            path = str(_demo_bundle())
         elif not path:
             problem, mend = f"{entry!r} is not name=path", "DARKROOM_MODELS=sd3.5-medium=/models/sd3.5-medium,demo"
         else:
@@ -230,11 +230,16 @@ def _darkroom_runs(port: int) -> bool:
     return True
 
 
-def _demo_bundle() -> Path:
+def _bundled() -> list[str]:
+    """The names of the models that come with Darkroom; `demo` even where it is missing, for it should be there."""
+    return sorted({"demo", *(card.parent.name for card in _bundles().glob("*/darkroom.json"))})
+
+
+def _bundles() -> Path:
     spec = importlib.util.find_spec("model")
     assert spec is not None, "the model package is a part of Darkroom"
     assert spec.submodule_search_locations, "it is a package"
-    return Path(next(iter(spec.submodule_search_locations))) / "bundles" / "demo"
+    return Path(next(iter(spec.submodule_search_locations))) / "bundles"
 
 
 def _problem_of(path: Path) -> str | None:
@@ -244,6 +249,8 @@ def _problem_of(path: Path) -> str | None:
     if path.is_file():
         return None if path.suffix == ".safetensors" else f"{path} is not a .safetensors file"
     index = path / "model_index.json"
+    if (base := _base_of(path)) is not None:
+        return None if base.exists() else f"{path} differs from {base}, which does not exist"
     if not index.exists():
         return None if any(path.glob("*.safetensors")) else f"{path} has no model_index.json and no .safetensors file"
     try:
@@ -252,6 +259,14 @@ def _problem_of(path: Path) -> str | None:
         return f"{index} cannot be read: {error}"
     missing = [name for name in parts if not (path / name).is_dir()]
     return f"{path} lacks {', '.join(missing)}" if missing else None
+
+
+def _base_of(path: Path) -> Path | None:
+    """What the card of a variant names as its base."""
+    try:
+        return path / json.loads((path / "darkroom.json").read_text())["base"]  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _is_part(value: object) -> bool:

@@ -16,13 +16,15 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from app.child import Child
+from worker.contract.child import Child
 
 MIN_VERSION = (7, 2)
 """RQ's own floor, and ours."""
 
 _START_ATTEMPTS = 3
 _STOP_GRACE_S = 10.0
+_URL = "url"
+"""The file in the folder that says where its server listens: for its owner's eyes only, it holds the password."""
 
 
 class EmbeddedFailed(Exception):
@@ -59,6 +61,7 @@ class EmbeddedValkey:
         lock = _take_lock(self._folder, lock_wait_s)
         try:
             self._start(binary, lock, time.monotonic() + timeout_s)
+            _write_url(self._folder, self.url)
         finally:
             os.close(lock)  # the server holds its own copy until it ends
 
@@ -66,6 +69,7 @@ class EmbeddedValkey:
         """Ends it, its append-only file complete."""
         if self._child:
             self._child.stop(_STOP_GRACE_S)
+            (self._folder / _URL).unlink(missing_ok=True)
 
     def _start(self, binary: str, lock: int, deadline: float) -> None:
         for _ in range(_START_ATTEMPTS):
@@ -121,6 +125,14 @@ def find_server() -> str | None:
     return shutil.which("valkey-server") or shutil.which("redis-server")
 
 
+def running_url(folder: Path) -> str | None:
+    """Where the server of a folder listens, or did when it was killed; None if none was left running."""
+    try:
+        return (folder / _URL).read_text()
+    except OSError:
+        return None
+
+
 def connect(url: str, timeout_s: float = 1.0) -> redis.Redis:
     """A connection for a quick look: short timeouts, no retries."""
     return redis.Redis.from_url(
@@ -166,6 +178,14 @@ def _config(folder: Path, port: int, password: str) -> str:
             "",
         ]
     )
+
+
+def _write_url(folder: Path, url: str) -> None:
+    fresh = folder / f"{_URL}.new"
+    fresh.unlink(missing_ok=True)
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(url)
+    fresh.replace(folder / _URL)
 
 
 def _take_lock(folder: Path, wait_s: float) -> int:

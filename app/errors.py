@@ -106,6 +106,7 @@ STATUS: dict[type[DarkroomError], int] = {
     UnsupportedMediaType: 415,
     contract.InvalidField: 422,
     contract.QueueFull: 429,
+    contract.ModelDraining: 503,
     contract.QueueUnavailable: 503,
     contract.StoreUnavailable: 503,
     contract.SchemaUnknown: 503,

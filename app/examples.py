@@ -39,6 +39,7 @@ _PARAMS = {
     "output_format": "png",
     "output_quality": 90,
     "metadata": "full",
+    "deterministic": False,
     "priority": "normal",
 }
 QUEUED: dict[str, Any] = {
@@ -57,6 +58,7 @@ QUEUED: dict[str, Any] = {
     "params": _PARAMS,
     "seeds": [7],
     "images": [],
+    "fingerprint": None,
     "warnings": [],
     "timings": {},
     "error": None,
@@ -79,6 +81,7 @@ SUCCEEDED: dict[str, Any] = QUEUED | {
             "bytes": 1_402_113,
         }
     ],
+    "fingerprint": "fp_3c0f6a1d9e8b7254",
     "timings": {"queue": 0.01, "text_encode": 0.05, "noise": 0.001, "denoise": 4.2, "vae_decode": 0.1, "total": 4.51},
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +36,47 @@ class Request:
 
     prompt: str
     model: str | None = None
+    every_model: bool = False  # one picture, or set of pictures, of each loaded model
     format: str | None = None
     output: Path | None = None
     options: dict[str, Any] = field(default_factory=dict)  # fields of the HTTP request, as given
 
 
 def generate_pictures(client: Client, request: Request) -> list[Path]:
-    """Posts the request, shows its progress, saves the pictures and says where; KeyboardInterrupt cancels the job."""
+    """Posts the request, shows its progress, saves the pictures and says where; KeyboardInterrupt cancels the job.
+
+    Of several models, one after the other; the first one's picture has the name that was asked for, the others' names
+    have their model's added: demo.png, demo-turbo.png.
+    """
     _require_folder(request.output)  # before any work is done
-    format = _format_of(request)
-    body = {"model": request.model or _choose_model(client), "prompt": request.prompt, **request.options}
-    if format:
+    _format_of(request)
+    first, *others = _models(client, request)
+    paths = _generate(client, request, first)
+    for model in others:
+        paths += _generate(client, replace(request, output=_beside(request.output, first, model)), model)
+    return paths
+
+
+def _models(client: Client, request: Request) -> list[str]:
+    """The models to ask, at least one."""
+    if not request.every_model:
+        return [request.model or _choose_model(client)]
+    if request.model:
+        raise GenerateFailed(f"--every-model and --model {request.model} contradict each other")
+    loaded = sorted(str(model["name"]) for model in client.models() if model["loaded"])
+    return loaded or [_choose_model(client)]
+
+
+def _beside(output: Path | None, first: str, model: str) -> Path | None:
+    """Where the picture of another model goes."""
+    if output is None or output.is_dir():
+        return output
+    return output.with_stem(f"{output.stem}-{model.removeprefix(f'{first}-')}")
+
+
+def _generate(client: Client, request: Request, model: str) -> list[Path]:
+    body = {"model": model, "prompt": request.prompt, **request.options}
+    if format := _format_of(request):
         body["output_format"] = format
     try:
         job_id = client.submit(body)["id"]

@@ -71,6 +71,7 @@ def resolve(create: GenerationCreate, card: ModelCard, *, record_lifetime_s: int
         revision=card.revision,
         params=params,
         num_images=create.num_images,
+        deterministic=create.deterministic,
         output=Output(format=create.output_format, quality=create.output_quality, metadata=create.metadata),
         priority=create.priority,
         created_at=now,

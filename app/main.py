@@ -33,7 +33,7 @@ from worker.contract.store import FolderStore, PictureStore
 SWEEP_GRACE_S = 60
 """Pictures are stored a moment before their job ends, and live from its end."""
 
-EXPIRE_EVERY_S = 5
+REAP_EVERY_S = 2
 CLOSE_TIMEOUT_S = 10
 
 
@@ -131,7 +131,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     gateway: Gateway = app.state.gateway
     chores = [
         asyncio.create_task(_every(gateway.settings.sweep_every_s, _sweep_pictures, gateway)),
-        asyncio.create_task(_every(EXPIRE_EVERY_S, _expire_jobs, gateway)),
+        asyncio.create_task(_every(REAP_EVERY_S, _reap, gateway)),
     ]
     try:
         yield
@@ -165,9 +165,9 @@ async def _sweep_pictures(gateway: Gateway) -> None:
     gateway.metrics.pictures_swept.inc(await asyncio.to_thread(gateway.store.sweep, older_than_s))
 
 
-async def _expire_jobs(gateway: Gateway) -> None:
-    """Fails jobs past their deadline that nobody looks at; looking at one does it too."""
-    await gateway.queue.expire()
+async def _reap(gateway: Gateway) -> None:
+    """Fails jobs past their deadline that nobody looks at, and gives the jobs of dead workers to others."""
+    await gateway.queue.reap()
 
 
 def _version() -> str:

@@ -75,6 +75,11 @@ class GenerationCreate(BaseModel):
     metadata: Metadata = Field(
         default="full", description="`full`: the file's text says what made the picture. `none`: it says nothing."
     )
+    deterministic: bool = Field(
+        default=False,
+        description="True: the same bytes whatever else runs, on every worker whose answer has the same `fingerprint`. "
+        "Each picture then has its steps to itself, which makes small ones slower. False: the same up to rounding.",
+    )
     priority: Priority = Field(default="normal", description="Jobs of a higher priority are started first.")
     deadline_s: int | None = Field(
         default=None,
@@ -106,6 +111,7 @@ class Params(BaseModel):
     output_format: OutputFormat
     output_quality: int
     metadata: Metadata
+    deterministic: bool
     priority: Priority
 
     @classmethod
@@ -125,6 +131,7 @@ class Params(BaseModel):
             output_format=output.format,
             output_quality=output.quality,
             metadata=output.metadata,
+            deterministic=job.deterministic,
             priority=job.priority,
         )
 
@@ -193,6 +200,9 @@ class Generation(BaseModel):
     params: Params
     seeds: list[int] = Field(description="The seed of each picture.")
     images: list[Image] = Field(description="The pictures, once succeeded.")
+    fingerprint: str | None = Field(
+        description="Stands for the device, software, weights and settings that made the pictures, once succeeded."
+    )
     warnings: list[str] = Field(description="What was accepted but not followed to the letter.")
     timings: dict[str, float] = Field(
         description="Seconds: `queue` waited, `total` from accepted to ended, the rest by stage of the work."
@@ -223,6 +233,7 @@ class Generation(BaseModel):
             params=Params.of(job),
             seeds=job.seeds,
             images=[Image.of(picture, f"{url}/images/{n}") for n, picture in enumerate(pictures)],
+            fingerprint=result.fingerprint if result else None,
             warnings=_warnings(view),
             timings=_timings(view),
             error=GenerationError(code=failure.code, message=failure.message) if failure else None,

@@ -13,12 +13,15 @@ from typing import Literal, Self
 
 from pydantic import Field
 
-from app.child import Child
 from app.client import Client, Refused, Unreachable
 from app.embedded import EmbeddedFailed, EmbeddedValkey, free_port
 from app.settings import GatewaySettings
+from worker.contract.child import Child
 
 _GATEWAY_GRACE_S = 10.0
+_HAND_BACK_S = 5.0
+"""Beyond its grace, to finish a step and to hand back its jobs."""
+
 _POLL_S = 0.2
 _GATEWAY_START_S = 60.0
 _MAX_BACKOFF_S = 30.0
@@ -42,14 +45,19 @@ class StackSettings(GatewaySettings):
         default="development", description="production refuses the embedded Valkey"
     )
     data_dir: Path = Field(default=Path(".darkroom"), description="folder of the embedded Valkey, pictures and logs")
-    worker_grace_s: float = Field(
-        default=30.0, ge=0, le=3600, description="seconds a worker may finish what it runs when it is told to stop"
+    grace_s: float = Field(
+        default=20.0, ge=0, le=3600, description="seconds to finish jobs when told to stop; the rest are handed back"
     )
 
     @property
     def embedded(self) -> bool:
         """Whether Valkey is ours to start: nobody said where Redis is."""
         return "redis_url" not in self.model_fields_set
+
+    @property
+    def valkey_dir(self) -> Path:
+        """Where the embedded Valkey keeps its data."""
+        return self.data_dir / "valkey"
 
     @property
     def pictures(self) -> Path:
@@ -139,8 +147,8 @@ class Stack:
         try:
             if self._gateway:
                 self._gateway.stop(self._settings.drain_s + _GATEWAY_GRACE_S)
-            if self._worker and not self._worker.stop(self._settings.worker_grace_s):
-                self._report(f"the worker did not finish within {self._settings.worker_grace_s:g} s and was killed")
+            if self._worker and not self._worker.stop(self._settings.grace_s + _HAND_BACK_S):
+                self._report(f"the worker did not finish within {self._settings.grace_s:g} s and was killed")
         except BaseException:
             for child in (self._gateway, self._worker):
                 if child:
@@ -164,6 +172,7 @@ class Stack:
         self._env |= {
             "DARKROOM_HOST": settings.host,
             "DARKROOM_PORT": str(self._port),
+            "DARKROOM_GRACE_S": str(settings.grace_s),
             "DARKROOM_STORE_DIR": str(self._pictures.resolve()),
         }
         if self._alone:
@@ -173,7 +182,7 @@ class Stack:
         self._gateway = self._spawn("gateway")
 
     def _start_valkey(self) -> str:
-        folder = self._settings.data_dir / "valkey"
+        folder = self._settings.valkey_dir
         self._valkey = EmbeddedValkey(folder, self._log("valkey"))
         try:
             self._valkey.start()

@@ -100,6 +100,8 @@ def _described(schema: dict[str, Any]) -> str:
             noun = "a whole number"
         case "number":
             noun = "a finite number"
+        case "boolean":
+            return "true, false"
         case _:
             return f"text{_range(schema.get('minLength'), schema.get('maxLength'), ' characters')}"
     return noun + _range(least, most)

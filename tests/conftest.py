@@ -20,17 +20,18 @@ from tests.tiny_bundle import save_tiny_bundle
 class Valkey:
     """A Valkey server of its own on a free loopback port; `url` stays the same over a stop and start."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, append_only: bool = False) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._folder = folder
+        self._folder, self._append_only = folder, "yes" if append_only else "no"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         die_with_parent = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
-        options = {"bind": "127.0.0.1", "port": self.port, "dir": self._folder, "save": "", "appendonly": "no"}
+        options = {"bind": "127.0.0.1", "port": self.port, "dir": self._folder, "save": ""}
+        options["appendonly"] = self._append_only
         arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         self._process = subprocess.Popen(
             [*die_with_parent, str(get_binary_path()), *arguments],
@@ -43,7 +44,7 @@ class Valkey:
                 try:
                     client.ping()
                     return
-                except redis.ConnectionError:
+                except (redis.BusyLoadingError, redis.ConnectionError):
                     assert self._process.poll() is None, "valkey-server ended at once"
                     assert time.monotonic() < deadline, "valkey-server does not answer"
                     time.sleep(0.01)

@@ -22,7 +22,7 @@ READERS: tuple[tuple[str, type[BaseSettings], type[BaseSettings] | None], ...] =
     ("worker", WorkerSettings, ContractSettings),
     ("`up`", StackSettings, GatewaySettings),
 )
-COMPUTED = {"models": "`demo`", "worker_name": "host name and process id"}
+COMPUTED = {"models": "those in `model/bundles/`", "worker_name": "host name, process id, chance"}
 
 
 def settings_table() -> str:
@@ -38,7 +38,7 @@ def settings_table() -> str:
 def default(name: str, field: FieldInfo) -> str:
     if name in COMPUTED:
         return COMPUTED[name]
-    return "" if field.default is None else f"`{field.default}`"
+    return "" if field.default in (None, "") else f"`{field.default}`"
 
 
 def test_the_table_of_settings_is_what_the_code_reads() -> None:

@@ -4,208 +4,290 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import structlog
 import torch
 
 from model.params import InvalidParams
-from model.pipeline import Denoise, NonFiniteLatents, Pipeline, Rendering, Work, generate
-from worker.contract.errors import StoreUnavailable
-from worker.contract.job import Failure, Job, Progress
+from model.pipeline import Pipeline
+from model.work import Decode, Denoise, Encode, Latents, generate
+from worker.budget import TOKENS, Budget
+from worker.contract.job import Failure
+from worker.failures import explain, is_out_of_memory
+from worker.forecast import Forecast
 from worker.metrics import WorkerMetrics
 from worker.scheduler import pick
+from worker.settings import WorkerSettings
+from worker.task import Child, Current, Outcome, Task, Withdraw
+
+__all__ = ["Current", "Engine", "Outcome", "Task", "explain"]
 
 log = structlog.get_logger()
 
-Outcome = Literal["succeeded", "failed", "canceled"]
-
-
-@dataclass(eq=False)
-class Child:
-    """One picture of a task: its generator, the work it waits for, and in the end its rendering."""
-
-    task: Task
-    generator: Generator[Work, Any, Rendering]
-    work: Work | None = None
-    rendering: Rendering | None = None
-
-    @property
-    def key(self) -> Hashable:
-        """Equal keys can share a batch."""
-        return self.task.job.model, self.work.key if self.work else None
-
-    @property
-    def rows(self) -> int:
-        """Rows of the batch that the work takes."""
-        return self.work.rows if isinstance(self.work, Denoise) else 1
-
-
-@dataclass(eq=False)
-class Task:
-    """One job in the engine. Other threads read `progress` and may call `cancel`; all else is the engine's."""
-
-    job: Job
-    children: list[Child] = field(default_factory=list)
-    steps_done: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # wall time of the batches it rode in, by stage
-    outcome: Outcome | None = None
-    failure: Failure | None = None
-    cancel_requested: bool = False
-
-    @property
-    def progress(self) -> Progress:
-        """Denoising steps done, over all pictures."""
-        return Progress(step=self.steps_done, steps=self.job.steps)
-
-    @property
-    def renderings(self) -> list[Rendering]:
-        """The finished pictures, in order."""
-        return [child.rendering for child in self.children if child.rendering]
-
-    def cancel(self) -> None:
-        """Ask the engine to drop this task before its next step."""
-        self.cancel_requested = True
+PREVIEW_S = 0.5
+PREDICT_S = 1.0
+"""How often tasks that wait are looked at anew; those that run are after each step."""
 
 
 class Engine:
-    """Runs the tasks it is given, batched across tasks, and calls `ended` with each when it is over."""
+    """Runs the tasks it is given, batched across tasks, and calls `ended` with each when it is over.
+
+    `run` is the GPU thread's; `submit`, `withdraw`, `stop`, `current` and `room` are for any thread. `paces`: what is
+    known of each model beforehand, seconds a token by stage.
+    """
 
     def __init__(
         self,
         pipelines: Mapping[str, Pipeline],
         *,
-        max_rows: int,
+        settings: WorkerSettings,
         metrics: WorkerMetrics,
         ended: Callable[[Task], None],
+        paces: Mapping[str, Mapping[str, float]] | None = None,
         now: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.pipelines, self.max_rows, self.metrics = pipelines, max_rows, metrics
-        self._ended, self._now = ended, now
-        self._inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self.pipelines, self.metrics, self.forecast = pipelines, metrics, Forecast(paces)
+        tokens = {name: settings.token_budget or TOKENS[p.device.type] for name, p in pipelines.items()}
+        self.budget, self._max_jobs = Budget(settings.max_batch_rows, tokens), settings.max_jobs
+        self._ended, self._now, self._clock = ended, now, clock
+        self._inbox: queue.SimpleQueue[Task | Withdraw | None] = queue.SimpleQueue()
+        self._held: dict[Task, int] = {}  # tokens of a step, by task that is submitted and not over
         self._tasks: list[Task] = []
-        # In the order in which their work came up, so that nobody waits for a whole job.
         self._waiting: list[Child] = []
+        self._current: Current | None = None
+        self._stopping = False
+        self._predicted_at = float("-inf")
+        self._busy_s = 0.0  # in pipelines
+        metrics.watch(self.pending_rows, {name: pipeline.lookups for name, pipeline in pipelines.items()})
 
     def submit(self, task: Task) -> None:
-        """Hand a task to the engine; from any thread."""
+        """Hand a task to the engine."""
+        pipeline = self.pipelines.get(task.job.model)
+        self._held[task] = task.job.num_images * task.tokens(pipeline.t5_length if pipeline else 0)
         self._inbox.put(task)
 
+    def withdraw(self, job_ids: Collection[str]) -> None:
+        """Drop what was submitted of these jobs, before the next step and without a word to `ended`."""
+        self._inbox.put(Withdraw(frozenset(job_ids)))
+
     def stop(self) -> None:
-        """Make `run` return once all tasks are over; from any thread."""
+        """Make `run` return once all tasks are over."""
         self._inbox.put(None)
 
+    def current(self) -> Current | None:
+        """What the GPU thread is doing; None between pieces of work."""
+        return self._current
+
+    def room(self, model: str | None = None) -> int:
+        """How many more jobs are worth claiming now, of one model or of all; at most `max_jobs` are held.
+
+        See `Budget.wanted`. With several models, claim for those that have room themselves.
+        """
+        held, names = self._held.copy(), [model] if model else list(self.pipelines)
+        rooms = [self.budget.wanted(name, [n for task, n in held.items() if task.job.model == name]) for name in names]
+        return max(0, min(self._max_jobs - len(held), sum(max(0, room) for room in rooms)))
+
+    def pending_rows(self) -> dict[str, int]:
+        """Rows that wait for the GPU, by model."""
+        rows = dict.fromkeys(self.pipelines, 0)
+        for child in self._waiting:
+            rows[child.task.job.model] += child.rows
+        return rows
+
     def run(self) -> None:
-        """Serve until stopped: the body of the GPU thread."""
-        stopping = False
-        while not (stopping and not self._tasks):
-            stopping = self._admit(block=not self._tasks) or stopping
+        """Serve until stopped: the body of the GPU thread. Raises only what leaves the GPU unusable."""
+        while not (self._stopping and not self._tasks):
+            if not self._tasks:
+                self._take(self._inbox.get())
             self.step()
 
     def step(self) -> None:
-        """One turn: drop what is over, run one batch, send its results."""
+        """One turn: take in what came, drop what is over, run one batch, send its results."""
+        started, busy_before = self._clock(), self._busy_s
+        while not self._inbox.empty():
+            self._take(self._inbox.get())
+        if started - self._predicted_at >= PREDICT_S:
+            self._predicted_at = started
+            self._predict(self._tasks)
         for task in list(self._tasks):
             self._drop_if_over(task)
-        batch = pick(self._waiting, self.max_rows)
+        batch = pick(self._waiting, self._clock(), lambda child: self.budget.room(child.kind))
         if batch:
             self._waiting = [child for child in self._waiting if child not in batch]
             for child, result in zip(batch, self._run(batch), strict=True):
                 self._send(child, result)
+            ran = {child.task for child in batch if not child.task.outcome}
+            self._predict(ran)
+            self._show(ran)
+            self.metrics.overhead(self._clock() - started - (self._busy_s - busy_before))
 
-    def _admit(self, block: bool) -> bool:
-        """Take new tasks in; true when asked to stop."""
-        while block or not self._inbox.empty():
-            task = self._inbox.get()
-            if task is None:
-                return True
-            self._begin(task)
-            block = False
-        return False
+    def _take(self, message: Task | Withdraw | None) -> None:
+        match message:
+            case Task():
+                self._begin(message)
+            case Withdraw():
+                for task in [task for task in self._tasks if task.job.id in message.job_ids]:
+                    self._drop(task)
+            case None:
+                self._stopping = True
 
     def _begin(self, task: Task) -> None:
         self._tasks.append(task)
+        job, now = task.job, self._clock()
+        if job.model not in self.pipelines:
+            message = f"this worker holds no model {job.model!r}; it holds {', '.join(self.pipelines)}"
+            self._end(task, "failed", Failure(code="invalid_job", message=message))
+            return
         try:
-            shift = self.pipelines[task.job.model].shift
-            task.children = [Child(task, generate(task.job.params.nth(n), shift)) for n in range(task.job.num_images)]
-        except (InvalidParams, KeyError) as error:
+            shift = self.pipelines[job.model].shift
+            generators = [
+                generate(job.params.nth(n), shift, deterministic=job.deterministic) for n in range(job.num_images)
+            ]
+        except InvalidParams as error:
             self._end(task, "failed", Failure(code="invalid_job", message=str(error)))
             return
-        for child in task.children:
-            child.work = next(child.generator)
+        task.children = [Child(task, generator, next(generator), now) for generator in generators]
         self._waiting += task.children
+        self._predict([task])
+
+    def _predict(self, tasks: Iterable[Task]) -> None:
+        """What is left of tasks: for the scheduler, and for their deadlines."""
+        for task in tasks:
+            task.left_s = task.expected_s(self.forecast)
+            task.least_s = task.surely_s(self.forecast, self.budget.room(task.kind(Denoise.stage)))
+            for child in task.children:
+                child.own_s = self.forecast.expected(child.kind, child.rows, child.tokens)
 
     def _drop_if_over(self, task: Task) -> None:
-        if self._now() > task.job.deadline:  # first: Redis, too, asks a late job to stop
-            message = f"the deadline passed after {task.steps_done} of {task.job.steps} steps"
-            self._end(task, "failed", Failure(code="deadline_exceeded", message=message))
+        """End a task whose time is up, or will be before it can be done."""
+        done, now = f"after {task.steps_done} of {task.job.steps} steps", self._now()
+        left = task.job.deadline - now
+        if left < 0:  # first: Redis, too, asks a late job to stop
+            self._end(task, "failed", Failure(code="deadline_exceeded", message=f"the deadline passed {done}"))
         elif task.cancel_requested:
             self._end(task, "canceled")
+        elif (needed := task.least_s) > left:
+            message = f"the deadline cannot be met: {left:.1f} s are left, at least {needed:.1f} s are needed, {done}"
+            self._end(task, "failed", Failure(code="deadline_exceeded", message=message))
 
-    def _run(self, batch: Sequence[Child]) -> list[Any]:
-        """Results of a batch; a batch that fails is run one by one, so that one bad row harms no other."""
-        works = [child.work for child in batch if child.work]
-        pipeline = self.pipelines[batch[0].task.job.model]
-        started = time.perf_counter()
+    def _run(self, batch: list[Child]) -> list[Any]:
+        """Results of a batch. One that fails is halved, so that a bad row harms no other and a large batch fits."""
+        results = self._attempt(batch)
+        if not isinstance(results, Exception):
+            return results
+        if isinstance(results, torch.OutOfMemoryError) and self._shrink(batch) and len(batch) == 1:
+            return self._run(batch)
+        if len(batch) == 1:
+            return [results]
+        middle = (len(batch) + 1) // 2
+        return [*self._run(batch[:middle]), *self._run(batch[middle:])]
+
+    def _attempt(self, batch: list[Child]) -> list[Any] | Exception:
+        """Results of a batch, or what went wrong with it."""
+        first, works = batch[0], [child.work for child in batch]
+        kind, pipeline = first.kind, self.pipelines[first.task.job.model]
+        rows, tokens = sum(work.rows for work in works), sum(work.tokens for work in works)
+        ids = tuple(dict.fromkeys(child.task.job.id for child in batch))
+        started = self._clock()
+        self._current = Current(started, self.forecast.allowance(kind, rows, tokens), kind.stage, ids)
+        misses = pipeline.lookups.misses
         try:
-            results = pipeline.run(works)
+            fits = None if first.work.deterministic else self.budget.fits(kind)
+            results = pipeline.run(works, fits) if fits and fits < rows else pipeline.run(works)
             _settle(pipeline)
         except Exception as error:
-            if len(batch) > 1:
-                return [result for child in batch for result in self._run([child])]
-            return [error]
-        self._account(batch, time.perf_counter() - started)
+            if is_out_of_memory(error):
+                return torch.OutOfMemoryError(str(error))
+            if isinstance(error, torch.AcceleratorError):
+                raise  # nothing runs on this GPU any more: the process ends, and others run its jobs
+            log.warning("a batch failed", stage=kind.stage, rows=rows, jobs=ids, exc_info=error)
+            return error.with_traceback(None)  # whose frames hold tensors
+        finally:
+            self._current = None
+            self._busy_s += self._clock() - started
+        self._account(batch, self._clock() - started, misses)
         return results
 
-    def _account(self, batch: Sequence[Child], seconds: float) -> None:
-        stage = batch[0].work.stage if batch[0].work else ""
-        for task in {id(child.task): child.task for child in batch}.values():
-            task.seconds[stage] = task.seconds.get(stage, 0.0) + seconds
-        self.metrics.batch(batch[0].task.job, stage, rows=sum(child.rows for child in batch), seconds=seconds)
+    def _shrink(self, batch: list[Child]) -> bool:
+        """Remember that a batch did not fit; true if it could run in smaller passes even so."""
+        first, rows = batch[0], sum(child.rows for child in batch)
+        if self.pipelines[first.task.job.model].device.type == "cuda":
+            torch.cuda.empty_cache()
+        at_once = min(rows, self.budget.fits(first.kind) or rows)
+        self.budget.failed(first.kind, at_once)
+        self.metrics.halved(first.task.job, first.work.stage)
+        log.warning("out of memory", stage=first.work.stage, rows=at_once, shape=first.work.shape)
+        return isinstance(first.work, Encode | Denoise) and not first.work.deterministic and at_once > 1
+
+    def _account(self, batch: list[Child], seconds: float, misses_before: int) -> None:
+        """Note what a batch took."""
+        first, pipeline = batch[0], self.pipelines[batch[0].task.job.model]
+        rows, tokens = sum(child.rows for child in batch), sum(child.tokens for child in batch)
+        for task in {child.task for child in batch}:
+            task.seconds[first.work.stage] = task.seconds.get(first.work.stage, 0.0) + seconds
+        self.metrics.batch(first.task.job, first.work.stage, rows=rows, tokens=tokens, seconds=seconds)
+        self.budget.ran(first.kind, rows)
+        if isinstance(first.work, Encode) and pipeline.lookups.misses == misses_before:
+            return  # all from the cache: no measure of the encoders
+        self.forecast.observe(first.kind, rows, tokens, seconds)
 
     def _send(self, child: Child, result: Any) -> None:
         """Give a child its result; it asks for more, is finished, or takes its task down with it."""
         task = child.task
         if task.outcome:
             return  # a sibling failed in this very batch
-        if isinstance(child.work, Denoise) and not isinstance(result, Exception):
+        failed = isinstance(result, Exception)
+        if isinstance(child.work, Denoise) and not failed:
             task.steps_done += 1
         try:
-            failed = isinstance(result, Exception)
             child.work = child.generator.throw(result) if failed else child.generator.send(result)
+            child.since = self._clock()
             self._waiting.append(child)
         except StopIteration as end:
-            child.work, child.rendering = None, end.value
-            if len(task.renderings) == len(task.children):
+            child.rendering = end.value
+            renderings = [child.rendering for child in task.children if child.rendering]
+            if len(renderings) == len(task.children):
+                task.renderings = renderings
+                self.budget.finished(task.job)
                 self._end(task, "succeeded")
         except Exception as error:
-            self._end(task, "failed", explain(task.job, error))
+            self._end(task, "failed", explain(task.job, error, self.budget.advice(task.job)))
+            error.with_traceback(None)  # whose frames hold tensors
+
+    def _show(self, tasks: Iterable[Task]) -> None:
+        """Make the previews that somebody waits for: of the first picture, twice a second at most."""
+        now = self._clock()
+        for task in tasks:
+            if not task.watched or not task.children or now - task.previewed_at < PREVIEW_S:
+                continue
+            work = task.children[0].work
+            if task.steps_done and isinstance(work, Denoise | Decode):
+                task.previewed_at = now
+                self._preview(task, work.latents)
+
+    def _preview(self, task: Task, latents: Latents) -> None:
+        try:
+            task.preview = task.steps_done, self.pipelines[task.job.model].preview(latents)
+            self.metrics.previewed(task.job)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:  # the picture itself may still come out
+            log.warning("no preview", job=task.job.id, error=repr(error))
 
     def _end(self, task: Task, outcome: Outcome, failure: Failure | None = None) -> None:
         task.outcome, task.failure = outcome, failure
-        for child in task.children:
-            child.generator.close()
-            child.work = None  # the handles go, and with them the latents
-        self._tasks.remove(task)
-        self._waiting = [child for child in self._waiting if child.task is not task]
+        self._drop(task)
         self._ended(task)
 
-
-def explain(job: Job, error: Exception) -> Failure:
-    """What the job's owner is told of an error; the log gets the rest."""
-    if isinstance(error, NonFiniteLatents):
-        return Failure(code="non_finite", message=str(error))
-    if isinstance(error, StoreUnavailable):
-        return Failure(code=error.code, message=str(error))
-    if isinstance(error, torch.OutOfMemoryError):
-        params = job.params
-        message = f"{params.width}x{params.height} does not fit this worker's GPU memory; try a smaller picture"
-        return Failure(code="out_of_memory", message=message)
-    log.error("job failed", job=job.id, exc_info=error)
-    return Failure(
-        code="internal_error", message=f"the worker failed on this job; its log has the details under {job.id}"
-    )
+    def _drop(self, task: Task) -> None:
+        """Forget a task, and free what it holds."""
+        self._waiting = [child for child in self._waiting if child.task is not task]
+        self._tasks.remove(task)
+        self._held.pop(task, None)
+        task.let_go()
 
 
 def _settle(pipeline: Pipeline) -> None:

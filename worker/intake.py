@@ -1,35 +1,29 @@
-"""The worker's side of the queue: claims several jobs at once, reports their progress, commits how they ended."""
+"""The worker's side of the queue: claims jobs, keeps them under its lease, reports on them, commits how they ended."""
 
 from __future__ import annotations
 
-import json
 import threading
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from time import monotonic
 from typing import Any, Self, cast
 
 import redis
 from redis.commands.core import Script
 from redis.exceptions import RedisError
-from rq.defaults import RQ_KEY_PREFIX
 
 from worker.contract.cards import ModelCard
 from worker.contract.errors import QueueUnavailable, SchemaUnknown
 from worker.contract.job import SCHEMA, Failure, Job, Progress, Result
 from worker.contract.link import link_options, reaching_redis, retry_once
-from worker.contract.queue import CARDS, WORKERS
+from worker.contract.queue import CARDS, LATE_AT_MOST, PREVIEW_S
 from worker.contract.record import RQ_STATUS, Ended, encode, read_job, read_time
 from worker.contract.settings import ContractSettings
 from worker.contract.transitions import script
 
 SUBMITTED = "darkroom:submitted"
 STOP = "darkroom:stop:"
-RECHECK_S = 1.0
-"""How often the flags of our jobs are read: a published message may be lost."""
-
 LISTEN_S = 0.5
 UNREADABLE = Failure(code="payload_unreadable", message="the job's payload could not be read by the worker")
 
@@ -42,30 +36,33 @@ class Claim:
     execution: str
     claimed_at: float  # Unix seconds, by Redis' clock
     queued_s: float  # how long it waited
+    suspect: bool = False  # its worker was lost before: it runs apart from all but its own group
+
+    @property
+    def key(self) -> str:
+        """What the leases call it."""
+        return f"{self.job.id}:{self.execution}"
 
 
 class Intake:
     """One worker's jobs. For one thread, but for `wake`; every method that asks Redis may raise QueueUnavailable."""
 
-    def __init__(self, redis: redis.Redis, settings: ContractSettings, worker: str) -> None:
-        del settings  # lifetimes travel with the job; leases will be settings
+    def __init__(self, redis: redis.Redis, worker: str) -> None:
         self._redis = redis
         self._worker = worker
-        names = ("claim", "commit", "progress", "heartbeat")
+        names = ("claim", "commit", "progress", "renew", "hand_back", "retire", "reap", "bury", "preview")
         self._scripts: dict[str, Script] = {name: redis.register_script(script(name)) for name in names}
-        self._held: dict[str, Claim] = {}
-        self._stopping: set[str] = set()  # of those held: already told by `canceled`
-        self._published: set[str] = set()  # models with a heartbeat
+        self._held: dict[str, Claim] = {}  # by Claim.key
+        self._stop: set[str] = set()  # keys of those that should stop
+        self._told: set[str] = set()  # of those held: already given by `canceled`
         self._first = 0  # the model whose turn it is
-        self._claim_lost = False  # the answer of a claim never arrived
-        self._rechecked_at = monotonic()
         self._listener = Listener(redis, worker)
 
     @classmethod
     def connect(cls, settings: ContractSettings, worker: str) -> Self:
         """An intake on the Redis of the settings. `worker` names this process: unique, never used again."""
         client = redis.Redis.from_url(str(settings.redis_url), retry=retry_once(), **link_options())
-        return cls(client, settings, worker)
+        return cls(client, worker)
 
     def close(self) -> None:
         """Stops listening and closes all connections."""
@@ -79,42 +76,52 @@ class Intake:
             with reaching_redis():
                 self._redis.hset(CARDS, mapping=cast(Any, mapping))
 
-    def heartbeat(self, models: Iterable[str]) -> None:
-        """Says that this worker lives and holds these models; about every 2 s."""
-        models = set(models)
-        gone = [self._member(model) for model in self._published - models]
-        with reaching_redis():
-            if gone:
-                self._redis.zrem(WORKERS, *gone)
-            self._scripts["heartbeat"](args=[self._member(model) for model in sorted(models)])
-        self._published = models
+    def renew(self, models: Iterable[str]) -> None:
+        """Says that this worker lives, holds these models and keeps its claims; about every second.
+
+        Without it for transitions.LEASE_S seconds, its jobs are given to others.
+        """
+        held = list(self._held)
+        models = sorted(models)
+        stop = self._run("renew", self._worker, len(models), *models, *held)
+        self._stop |= {key.decode() for key in stop}
+
+    def reap(self) -> None:
+        """As JobQueue.reap: what workers hold that are gone must not wait for a gateway."""
+        self._run("reap", LATE_AT_MOST)
+
+    def bury(self, worker: str, death_limit: int) -> int:
+        """Says that another worker's process was seen to die; how many jobs it held.
+
+        They run again in two halves, apart; one that was alone `death_limit` times fails.
+        """
+        return int(self._run("bury", worker, death_limit))
+
+    def hand_back(self, claims: Iterable[Claim]) -> None:
+        """Puts jobs back at the front of their queues, to be run by others from the start."""
+        claims = list(claims)
+        if claims:
+            self._run("hand_back", *[claim.key for claim in claims])
+        for claim in claims:
+            self._let_go(claim)
 
     def retire(self) -> None:
-        """Says that this worker is gone."""
-        if self._published:
-            with reaching_redis():
-                self._redis.zrem(WORKERS, *map(self._member, self._published))
-            self._published = set()
+        """Says that this worker is gone; what it still holds goes back."""
+        self._run("retire", self._worker)
 
     def claim(self, models: Sequence[str], want: int) -> list[Claim]:
         """Starts at most `want` waiting jobs of these models and returns them; never blocks.
 
-        High before normal before low; one of each model in turn; first come, first served within a queue.
+        High before normal before low; one of each model in turn; first come, first served within a queue. None while a
+        suspect runs. Jobs in an answer that is lost go back at the next `renew`.
         """
-        if not models or want < 1:
+        if not models or want < 1 or any(claim.suspect for claim in list(self._held.values())):
             return []
-        if self._claim_lost:
-            found = self._recover()
-            self._claim_lost = False
-            if found:
-                return found
         first = self._first % len(models)
         turns = [*models[first:], *models[:first]]
         executions = [uuid.uuid4().hex for _ in range(want)]
-        self._claim_lost = True
-        rows = self._run("claim", self._worker, SCHEMA, want, len(turns), *turns, *executions)
-        self._claim_lost = False
-        claims = self._take(rows)
+        held = len(self._held)
+        claims = self._take(self._run("claim", self._worker, SCHEMA, want, held, len(turns), *turns, *executions))
         if claims:
             self._first = models.index(claims[-1].job.model) + 1
         return claims
@@ -126,24 +133,26 @@ class Intake:
         """
         ending = encode(status, result)
         done = self._run("commit", claim.job.id, claim.execution, RQ_STATUS[status], ending.outcome, ending.encoded)
-        self._held.pop(claim.job.id, None)
-        self._stopping.discard(claim.job.id)
+        self._let_go(claim)
         return bool(done)
 
-    def progress(self, progress: Mapping[Claim, Progress]) -> None:
-        """Notes how far jobs are; those no longer ours are passed over."""
+    def progress(self, progress: Mapping[Claim, Progress]) -> set[str]:
+        """Notes how far jobs are, passing over those no longer ours; the keys of claims that somebody watches."""
         args = [part for c, p in progress.items() for part in (c.job.id, c.execution, p.step, p.steps)]
-        if args:
-            self._run("progress", *args)
+        return {key.decode() for key in self._run("progress", *args)} if args else set()
+
+    def preview(self, claim: Claim, step: int, picture: bytes) -> None:
+        """Shows to those who watch what a job looks like after a step; a small WebP."""
+        self._run("preview", claim.job.id, claim.execution, step, picture, PREVIEW_S)
 
     def canceled(self) -> set[str]:
-        """Ids of our jobs that should stop, told once each: canceled, past their deadline, or no longer ours."""
-        stop = self._listener.take_stops() & self._held.keys()
-        if monotonic() - self._rechecked_at >= RECHECK_S:
-            stop |= self._flagged()
-            self._rechecked_at = monotonic()
-        stop -= self._stopping
-        self._stopping |= stop
+        """Keys of our claims that should stop, told once each: canceled, past their deadline, or no longer ours."""
+        ids = self._listener.take_stops()
+        held = dict(self._held)
+        stop = {key for key, claim in held.items() if key in self._stop or claim.job.id in ids}
+        self._stop -= stop
+        stop -= self._told
+        self._told |= stop
         return stop
 
     def wait(self, timeout_s: float) -> None:
@@ -155,49 +164,25 @@ class Intake:
         self._listener.wake()
 
     def _take(self, rows: Sequence[Any]) -> list[Claim]:
-        """The claims of the rows (id, execution, data, enqueued_at, started_at) in turn; unreadable jobs fail."""
+        """The claims of the rows that claim.lua gives, one after the other; unreadable jobs fail."""
         claims = []
-        for job_id, execution, data, enqueued_at, started_at in zip(*[iter(rows)] * 5, strict=True):
+        for job_id, execution, data, enqueued_at, started_at, group in zip(*[iter(rows)] * 6, strict=True):
             claimed_at = read_time(started_at) or 0.0
             queued_s = max(0.0, claimed_at - (read_time(enqueued_at) or claimed_at))
             try:
                 job = read_job(data)
             except SchemaUnknown:
                 ending = encode("failed", Result(failure=UNREADABLE))
-                with suppress(QueueUnavailable):  # then it ends at its deadline; the other claims are what counts
+                with suppress(QueueUnavailable):  # then it goes back, and fails at the next claim
                     self._run("commit", job_id, execution, RQ_STATUS["failed"], ending.outcome, ending.encoded)
                 continue
-            claims.append(Claim(job, execution.decode(), claimed_at, queued_s))
-            self._held[job.id] = claims[-1]
+            claims.append(Claim(job, execution.decode(), claimed_at, queued_s, suspect=bool(group)))
+            self._held[claims[-1].key] = claims[-1]
         return claims
 
-    def _recover(self) -> list[Claim]:
-        """Jobs that Redis gave to us in an answer that was lost."""
-        rows: list[Any] = []
-        with reaching_redis():
-            ours = cast(Any, self._redis.smembers(f"{RQ_KEY_PREFIX}:worker:{self._worker}:executions"))
-            for pair in ours:
-                job_id, _, execution = pair.partition(b":")
-                if job_id.decode() not in self._held:
-                    key = f"{RQ_KEY_PREFIX}:job:{job_id.decode()}"
-                    rows += [job_id, execution, *cast(Any, self._redis.hmget(key, "data", "enqueued_at", "started_at"))]
-        return self._take(rows)
-
-    def _flagged(self) -> set[str]:
-        """Ids of held jobs that Redis says should stop."""
-        held = list(self._held.values())
-        with reaching_redis(), self._redis.pipeline(transaction=False) as pipe:
-            for claim in held:
-                pipe.hmget(f"{RQ_KEY_PREFIX}:job:{claim.job.id}", "status", "execution", "cancel_requested")
-            found = pipe.execute()
-        return {
-            claim.job.id
-            for claim, (status, execution, cancel_requested) in zip(held, found, strict=True)
-            if cancel_requested or status != b"started" or execution != claim.execution.encode()
-        }
-
-    def _member(self, model: str) -> str:
-        return json.dumps([model, self._worker])
+    def _let_go(self, claim: Claim) -> None:
+        self._held.pop(claim.key, None)
+        self._told.discard(claim.key)
 
     def _run(self, transition: str, *args: str | bytes | float) -> Any:
         with reaching_redis():

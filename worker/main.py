@@ -2,47 +2,66 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import structlog
 from prometheus_client import start_http_server
 from pydantic import ValidationError
 
 from model.checkpoint import CheckpointError
-from worker.contract.errors import QueueUnavailable, StoreUnavailable
-from worker.contract.job import Job, Picture, Result
+from worker.contract.errors import QueueUnavailable
 from worker.contract.settings import complaints
-from worker.contract.store import FolderStore, PictureStore, picture_key
-from worker.engine import Engine, Outcome, Task, explain
+from worker.contract.store import FolderStore, PictureStore
+from worker.contract.transitions import LEASE_S
+from worker.delivery import Delivery
+from worker.engine import Engine, Task
 from worker.intake import Claim, Intake
+from worker.logs import configure
 from worker.metrics import WorkerMetrics
-from worker.models import Model, load
-from worker.pictures import encode
+from worker.models import Loader, Model
+from worker.previews import encode_preview
 from worker.settings import WorkerSettings
 
 log = structlog.get_logger()
 
-HEARTBEAT_S = 2.0
+ANNOUNCE_S = 10.0
+RENEW_S = 1.0
+REAP_S = 2.0
 PROGRESS_S = 0.25
 IDLE_S = 2.0
-RETRY_S = (0.2, 0.5, 1.0, 2.0, 4.0)
+AWAY_S = 0.5
+
+SLOW_FACTOR = 5
+"""A piece of work that takes so many times longer than predicted, and longer than a lease, costs us our leases."""
+
+HUNG_S, HUNG_FACTOR, HUNG_STATUS = 120.0, 20, 70
 
 
-@dataclass(frozen=True, eq=False)
-class Held:
-    """A job that this worker holds."""
+@dataclass
+class Every:
+    """Something to be done at intervals of `seconds`."""
 
-    claim: Claim
-    task: Task
+    seconds: float
+    last: float = 0.0
+
+    def is_due(self) -> bool:
+        """Whether it is time; then it counts as done."""
+        now = time.monotonic()
+        if now - self.last < self.seconds:
+            return False
+        self.last = now
+        return True
 
 
 class Worker:
-    """Three kinds of thread: this one talks to Redis, one owns the GPU, two encode and store pictures."""
+    """Three kinds of thread: this one talks to Redis, one owns the GPU, a few store pictures and commit."""
 
     def __init__(
         self,
@@ -52,21 +71,28 @@ class Worker:
         store: PictureStore,
         metrics: WorkerMetrics,
     ) -> None:
-        self.settings, self.models, self.intake, self.store, self.metrics = settings, models, intake, store, metrics
-        self.stopping = threading.Event()
+        self.settings, self.models, self.intake, self.metrics = settings, models, intake, metrics
         self.engine = Engine(
             {name: model.pipeline for name, model in models.items()},
-            max_rows=settings.max_batch_rows,
+            settings=settings,
             metrics=metrics,
             ended=self._ended,
         )
-        self._held: dict[str, Held] = {}  # by job id, until committed
-        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pictures")
-        self._last_heartbeat = self._last_progress = 0.0
+        self.delivery = Delivery(
+            intake, store, metrics, picture_lifetime_s=settings.picture_lifetime_s, done=self._let_go
+        )
+        self._running: dict[Task, Claim] = {}  # until committed or handed back
+        self._stops = 0  # how often we were told to stop
+        self._turns = {
+            self._announce: Every(ANNOUNCE_S),
+            self._renew: Every(RENEW_S),
+            self.intake.reap: Every(REAP_S),
+            self._report_progress: Every(PROGRESS_S),
+        }
 
     def stop(self) -> None:
-        """Claim nothing more; `serve` returns when what is held has ended."""
-        self.stopping.set()
+        """Claim nothing more and end within the grace period; a second time: hand back everything now."""
+        self._stops += 1
         self.intake.wake()
 
     def serve(self) -> None:
@@ -75,167 +101,143 @@ class Worker:
         gpu.start()
         self._publish()
         log.info("ready", models=list(self.models), worker=self.settings.worker_name)
-        while not self.stopping.is_set() or self._held:
-            if not gpu.is_alive():
-                raise RuntimeError("the GPU thread has died")
-            try:
-                self._turn()
-            except QueueUnavailable as error:
-                log.warning("redis is away; will try again", cause=str(error.__cause__))
-                time.sleep(RETRY_S[2])
-        self.engine.stop()
-        gpu.join()
-        self._pool.shutdown()
-        self._retire()
+        while not self._stops:
+            self._check(gpu)
+            self._try(self._turn)
+        self._leave(gpu)
 
     def _turn(self) -> None:
-        """One turn of the control loop: be seen, pass on cancels and progress, claim, wait."""
-        now = time.monotonic()
-        if now - self._last_heartbeat >= HEARTBEAT_S:
-            self._announce()
-            self._last_heartbeat = now
-        for job_id in self.intake.canceled():
-            if held := self._held.get(job_id):
-                held.task.cancel()
-        if now - self._last_progress >= PROGRESS_S:
-            self._report_progress()
-            self._last_progress = now
-        self._claim()
-        self.intake.wait(PROGRESS_S if self._held else IDLE_S)
+        """One turn of the control loop: keep what we hold, pass on who should stop, claim, wait."""
+        for do, every in self._turns.items():
+            if every.is_due():
+                do()
+        stop = self.intake.canceled()
+        for task, claim in list(self._running.items()):
+            if claim.key in stop:
+                task.cancel()
+        if not self._stops:
+            self._claim()
+        self.intake.wait(PROGRESS_S if self._running else IDLE_S)
+
+    def _try(self, do: Callable[[], None]) -> bool:
+        try:
+            do()
+            return True
+        except QueueUnavailable as error:
+            log.warning("redis is away; will try again", cause=str(error.__cause__))
+            time.sleep(AWAY_S)
+            return False
+
+    def _check(self, gpu: threading.Thread) -> None:
+        """A worker whose GPU thread is dead or hangs can do no more good: its supervisor starts another."""
+        if not gpu.is_alive():
+            raise RuntimeError("the GPU thread has died")
+        current = self.engine.current()
+        if current and time.monotonic() - current.started > max(HUNG_S, HUNG_FACTOR * current.predicted_s):
+            log.error("the GPU hangs; this process ends", stage=current.stage, jobs=current.job_ids)
+            os._exit(HUNG_STATUS)
+
+    def _is_well(self) -> bool:
+        """Whether what we do now makes progress. If not, others may have our jobs."""
+        now, current = time.monotonic(), self.engine.current()
+        if current and now - current.started > max(LEASE_S, SLOW_FACTOR * current.predicted_s):
+            return False
+        return not self.delivery.is_stuck(now)
+
+    def _renew(self) -> None:
+        if self._is_well():
+            self.intake.renew(self.models)
+        else:
+            log.warning("no progress; the leases are left to lapse")
 
     def _report_progress(self) -> None:
-        running = [held for held in list(self._held.values()) if held.task.outcome is None]
-        if running:
-            self.intake.progress({held.claim: held.task.progress for held in running})
+        """Say how far jobs are, learn which are watched, and show those."""
+        running = {claim: task for task, claim in list(self._running.items()) if task.outcome is None}
+        if not running:
+            return
+        watched = self.intake.progress({claim: task.progress for claim, task in running.items()})
+        for claim, task in running.items():
+            task.watched = claim.key in watched
+            preview, task.preview = task.preview, None
+            if preview and task.watched:
+                step, rgb = preview
+                self.intake.preview(claim, step, encode_preview(rgb))
 
     def _claim(self) -> None:
-        room = self.settings.max_jobs - len(self._held)
-        if self.stopping.is_set() or room < 1:
+        room = min(self.engine.room(), self.settings.max_jobs - len(self._running))
+        if room < 1 or not self._is_well():
             return
         for claim in self.intake.claim(list(self.models), room):
             self.metrics.claimed(claim.job, claim.queued_s)
             log.info("claimed", job=claim.job.id, model=claim.job.model, queued_s=round(claim.queued_s, 3))
-            held = self._held[claim.job.id] = Held(claim, Task(claim.job))
-            self.engine.submit(held.task)
+            task = Task(claim.job)
+            self._running[task] = claim
+            self.engine.submit(task)
 
     def _publish(self) -> None:
         """Say that the models are ready; insist, since nothing works before that."""
-        while not self.stopping.is_set():
-            try:
-                self._announce()
-                return
-            except QueueUnavailable as error:
-                log.warning("redis is away; cannot say that the models are ready yet", cause=str(error.__cause__))
-                self.stopping.wait(RETRY_S[2])
+        while not self._stops and not self._try(self._announce):
+            pass
+        while not self._stops and not self._try(self._renew):
+            pass
 
     def _announce(self) -> None:
-        """Be seen. The cards again each time: a Redis that comes back may have forgotten them."""
+        """The cards again and again: a Redis that comes back may have forgotten them."""
         self.intake.publish(model.card for model in self.models.values())
-        self.intake.heartbeat(self.models)
 
-    def _retire(self) -> None:
+    def _leave(self, gpu: threading.Thread) -> None:
+        """Finish what can be finished in time, hand the rest back, and go."""
+        end = time.monotonic() + self.settings.grace_s
+        self._hand_back(self._too_long(self.settings.grace_s))
+        while self._running and self._stops < 2 and time.monotonic() < end:
+            self._check(gpu)
+            self._try(self._turn)
+        self._hand_back(list(self._running))
+        self.engine.stop()
+        gpu.join()
+        self.delivery.close()
         try:
             self.intake.retire()
         except QueueUnavailable as error:
-            log.warning("redis is away; this worker will be missed by its heartbeat", cause=str(error.__cause__))
+            log.warning("redis is away; this worker will be missed by its lease", cause=str(error.__cause__))
         self.intake.close()
+
+    def _too_long(self, seconds: float) -> list[Task]:
+        """The tasks that will not all be done in that time: the longest."""
+        tasks = sorted((task for task in list(self._running) if task.outcome is None), key=lambda task: task.left_s)
+        ends = accumulate(task.left_s for task in tasks)
+        return [task for task, end in zip(tasks, ends, strict=True) if end > seconds]
+
+    def _hand_back(self, tasks: Sequence[Task]) -> None:
+        """Put unfinished jobs back at the front of their queues, and drop them here."""
+        claims = {task: self._running[task] for task in tasks if task.outcome is None and task in self._running}
+        if not claims:
+            return
+        try:
+            self.intake.hand_back(claims.values())
+        except QueueUnavailable as error:
+            log.warning("redis is away; the jobs go back when the lease lapses", cause=str(error.__cause__))
+        for task, claim in claims.items():
+            log.info("handed back", job=claim.job.id)
+            self._running.pop(task, None)
+            task.cancel()
 
     def _ended(self, task: Task) -> None:
         """Called on the GPU thread when a task is over: the rest happens off it."""
-        self._pool.submit(self._finish, task)
+        if claim := self._running.get(task):  # else it was handed back
+            self.delivery.send(claim, task)
 
-    def _finish(self, task: Task) -> None:
-        """Store the pictures of a task, commit it, and let go of it."""
-        held = self._held[task.job.id]
-        outcome: str = "lost"
-        try:
-            outcome = self._commit(held)
-        except Exception:
-            log.exception("could not commit", job=task.job.id)
-        finally:
-            del self._held[task.job.id]
-            self.intake.wake()
-            run_s = time.time() - held.claim.claimed_at
-            self.metrics.ended(task.job, outcome, run_s)
-            log.info("ended", job=task.job.id, outcome=outcome, run_s=round(run_s, 3))
-
-    def _commit(self, held: Held) -> str:
-        """Try until Redis answers; what the commit did not accept is deleted again."""
-        claim, task = held.claim, held.task
-        outcome, result = self._result(claim, task)
-        while True:
-            for pause in RETRY_S:
-                try:
-                    if self.intake.commit(claim, outcome, result):
-                        return outcome
-                    self._forget(claim)
-                    return "canceled" if task.cancel_requested else "lost"
-                except QueueUnavailable as error:
-                    cause = str(error.__cause__)
-                    time.sleep(pause)
-            log.warning("redis is away; still holding a finished job", job=claim.job.id, cause=cause)
-
-    def _result(self, claim: Claim, task: Task) -> tuple[Outcome, Result]:
-        if task.outcome != "succeeded":
-            return task.outcome or "failed", Result(failure=task.failure, timings=_rounded(task.seconds))
-        try:
-            pictures = tuple(self._store(claim, task, n) for n in range(task.job.num_images))
-        except Exception as error:
-            self._forget(claim)
-            return "failed", Result(failure=explain(task.job, error))
-        warnings = tuple(dict.fromkeys(w for rendering in task.renderings for w in rendering.warnings))
-        return "succeeded", Result(
-            pictures=pictures,
-            warnings=warnings,
-            timings=_rounded(task.seconds),
-            expires_at=time.time() + self.settings.picture_lifetime_s,
-        )
-
-    def _store(self, claim: Claim, task: Task, n: int) -> Picture:
-        """Encode and store picture `n` under this execution's own key, so that running twice harms nobody."""
-        job = task.job
-        started = time.perf_counter()
-        data = encode(task.renderings[n].pixels, job, n)
-        encoded = time.perf_counter()
-        key = picture_key(job.id, claim.execution, n, job.output.format)
-        self._put(key, data)
-        self.metrics.stage(job, "encode_image", encoded - started)
-        self.metrics.stage(job, "upload", time.perf_counter() - encoded)
-        return _picture(job, n, key, len(data))
-
-    def _put(self, key: str, data: bytes) -> None:
-        for pause in RETRY_S:
-            try:
-                return self.store.put(key, data)
-            except StoreUnavailable as error:
-                log.warning("the picture store is away; will try again", cause=str(error.__cause__))
-                time.sleep(pause)
-        self.store.put(key, data)
-
-    def _forget(self, claim: Claim) -> None:
-        try:
-            self.store.delete_prefix(f"{claim.job.id}/{claim.execution}/")
-        except StoreUnavailable as error:
-            log.warning("left pictures behind for the sweeper", job=claim.job.id, cause=str(error.__cause__))
-
-
-def _picture(job: Job, n: int, key: str, size: int) -> Picture:
-    params = job.params.nth(n)
-    return Picture(
-        key=key, seed=params.seed, width=params.width, height=params.height, format=job.output.format, bytes=size
-    )
-
-
-def _rounded(seconds: dict[str, float]) -> dict[str, float]:
-    return {stage: round(value, 4) for stage, value in seconds.items()}
+    def _let_go(self, task: Task) -> None:
+        self._running.pop(task, None)
+        self.intake.wake()
 
 
 def load_models(settings: WorkerSettings, metrics: WorkerMetrics) -> dict[str, Model]:
     """Load every model asked for; the first that cannot be loaded ends the worker."""
-    models = {}
+    models, loader = {}, Loader(settings)
     for source in settings.models:
         log.info("loading", model=source.name, path=str(source.path))
-        model = models[source.name] = load(source, settings)
+        model = models[source.name] = loader.load(source)
         metrics.loaded(source.name, model.load_s)
         log.info("loaded", model=source.name, seconds=round(model.load_s, 2), device=str(model.pipeline.device))
     return models
@@ -243,15 +245,7 @@ def load_models(settings: WorkerSettings, metrics: WorkerMetrics) -> dict[str, M
 
 def serve() -> int:
     """Load what the environment asks for and serve it until told to stop; the exit status says how it ended."""
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
-    )
+    configure()
     try:
         settings = WorkerSettings()
         metrics = WorkerMetrics()
@@ -265,9 +259,8 @@ def serve() -> int:
     intake = Intake.connect(settings, settings.worker_name)
     worker = Worker(settings, models, intake, FolderStore(settings.store_dir), metrics)
 
-    def on_signal(signum: int, _frame: object) -> None:
-        signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
-        log.info("stopping: finishing what is held")
+    def on_signal(_signum: int, _frame: object) -> None:
+        log.info("stopping: what fits the grace period is finished, the rest handed back")
         worker.stop()
 
     for signum in (signal.SIGTERM, signal.SIGINT):

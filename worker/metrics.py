@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from worker.contract.job import Job
+
+if TYPE_CHECKING:
+    from model.pipeline import Lookups
 
 QUEUE_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 RUN_SECONDS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 45, 60, 120, 300)
 STAGE_SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
 STEP_SECONDS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1)
 BATCH_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+BATCH_TOKENS = (256, 512, 1024, 2048, 4096, 6144, 9000, 12_288, 16_384, 32_768)
 LOAD_SECONDS = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 
 
@@ -32,10 +40,14 @@ class WorkerMetrics:
             "denoise_step_seconds", "One denoising step", ["model", "megapixels"], buckets=STEP_SECONDS
         )
         self._rows = histogram("batch_size", "Rows of a denoising step", ["model"], buckets=BATCH_ROWS)
+        self._tokens = histogram("batch_tokens", "Tokens of a denoising step", ["model"], buckets=BATCH_TOKENS)
         self._row_steps = counter("row_steps", "Rows denoised, summed over steps", ["model"])
         self._load = histogram("model_load_seconds", "Loading and warming up", ["model"], buckets=LOAD_SECONDS)
         self._loaded = gauge("models_loaded", "Models ready to serve", ["model"])
         self._running = gauge("requests_running", "Jobs that this worker holds")
+        self._halved = counter("out_of_memory", "Batches that ran out of GPU memory", ["model", "stage"])
+        self._previews = counter("previews", "Previews made", ["model"])
+        self._overhead = counter("engine_overhead_seconds", "Time of the GPU thread, at work but outside the models")
 
     def loaded(self, model: str, seconds: float) -> None:
         """A model is ready."""
@@ -57,11 +69,47 @@ class WorkerMetrics:
         """A stage outside the engine: encode_image, upload."""
         self._stage.labels(job.model, stage).observe(seconds)
 
-    def batch(self, job: Job, stage: str, *, rows: int, seconds: float) -> None:
+    def watch(self, pending_rows: Callable[[], Mapping[str, int]], lookups: Mapping[str, Lookups]) -> None:
+        """What is read whenever somebody looks: the rows that wait, the cache's hits and misses, by model."""
+        self.registry.register(Readings(pending_rows, lookups))
+
+    def halved(self, job: Job, stage: str) -> None:
+        """A batch ran out of memory; `job` is one of those in it."""
+        self._halved.labels(job.model, stage).inc()
+
+    def previewed(self, job: Job) -> None:
+        """A preview was made."""
+        self._previews.labels(job.model).inc()
+
+    def overhead(self, seconds: float) -> None:
+        """One turn of the engine, less its time in a model."""
+        self._overhead.inc(max(0.0, seconds))
+
+    def batch(self, job: Job, stage: str, *, rows: int, tokens: int, seconds: float) -> None:
         """The engine ran one batch; `job` is one of those in it."""
         self._stage.labels(job.model, stage).observe(seconds)
         if stage == "denoise":
             megapixels = f"{job.params.width * job.params.height / 2**20:.2g}"
             self._step.labels(job.model, megapixels).observe(seconds)
             self._rows.labels(job.model).observe(rows)
+            self._tokens.labels(job.model).observe(tokens)
             self._row_steps.labels(job.model).inc(rows)
+
+
+class Readings(Collector):
+    """What is read when somebody looks, and costs nothing in between."""
+
+    def __init__(self, pending_rows: Callable[[], Mapping[str, int]], lookups: Mapping[str, Lookups]) -> None:
+        self._pending_rows, self._lookups = pending_rows, lookups
+
+    def collect(self) -> Iterator[Metric]:
+        """All of them, by model."""
+        pending = GaugeMetricFamily("darkroom_pending_rows", "Rows that wait for the GPU", labels=["model"])
+        for model, rows in self._pending_rows().items():
+            pending.add_metric([model], rows)
+        hits = CounterMetricFamily("darkroom_embedding_cache_hits", "Texts found in the cache", labels=["model"])
+        misses = CounterMetricFamily("darkroom_embedding_cache_misses", "Texts that were encoded", labels=["model"])
+        for model, lookups in self._lookups.items():
+            hits.add_metric([model], lookups.hits)
+            misses.add_metric([model], lookups.misses)
+        yield from (pending, hits, misses)

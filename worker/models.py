@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ import torch
 
 from model.checkpoint import CheckpointError, Components, load_components
 from model.config import VARIANTS
+from model.lowrank import CARD, base_of, variant_at
 from model.params import SAMPLERS, GenerationParams
-from model.pipeline import Pipeline, generate, run
+from model.pipeline import Pipeline, run
+from model.previews import fit_to, published
 from model.text import T5_LENGTH
+from model.work import Work, generate
+from worker import fingerprint
 from worker.contract.cards import Defaults, Limits, ModelCard
 from worker.settings import ModelSource, WorkerSettings
 
@@ -31,6 +36,8 @@ class Model:
     card: ModelCard
     pipeline: Pipeline
     load_s: float
+    fingerprint: str  # see worker.fingerprint
+    pace: Mapping[str, float]  # seconds a token while it warmed up, by stage
 
 
 class NoSuchDevice(OSError):
@@ -63,38 +70,66 @@ def _cpu_has_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
-def load(source: ModelSource, settings: WorkerSettings) -> Model:
-    """Load a model and make a first picture with it; CheckpointError says what is wrong with its files."""
-    started = time.perf_counter()
-    device = pick_device(settings.device)
-    parts = load_components(
-        source.path,
-        device,
-        pick_dtype(settings.dtype, device),
-        tokenizers=settings.tokenizers,
-        load_t5=settings.t5,
-        variant=source.variant,
-    )
-    told = _told(source.path)
-    card = make_card(source, parts, told)
-    pipeline = Pipeline(
-        parts.mmdit,
-        parts.vae,
-        parts.text,
-        shift=parts.shift,
-        t5_length=settings.t5_length or told.get("t5_length", T5_LENGTH),
-    )
-    warm_up(pipeline, card)
-    return Model(card, pipeline, time.perf_counter() - started)
+class Loader:
+    """Loads models. A base and its variants share one VAE and one set of encoders: only the MMDiTs take memory."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._loaded: dict[Path, Components] = {}  # one model of each base
+
+    def load(self, source: ModelSource) -> Model:
+        """Load a model and make a first picture with it; CheckpointError says what is wrong with its files."""
+        started, settings = time.perf_counter(), self._settings
+        device, base = pick_device(settings.device), base_of(source.path)
+        parts = load_components(
+            source.path,
+            device,
+            pick_dtype(settings.dtype, device),
+            tokenizers=settings.tokenizers,
+            load_t5=settings.t5,
+            variant=source.variant,
+            shared=self._loaded.get(base),
+        )
+        self._loaded.setdefault(base, parts)
+        told = _told(source.path)
+        card = make_card(source, parts, told)
+        pipeline = Pipeline(
+            parts.mmdit,
+            parts.vae,
+            parts.text,
+            shift=parts.shift,
+            t5_length=settings.t5_length or told.get("t5_length", T5_LENGTH),
+            preview_map=published().to(device) if card.variant in VARIANTS else fit_to(parts.vae),
+        )
+        parts.text.cache.max_bytes = settings.embedding_cache_mb * 2**20
+        pace = warm_up(pipeline, card)
+        log.info("fingerprint", model=source.name, **fingerprint.parts(pipeline, card.revision))
+        return Model(
+            card, pipeline, time.perf_counter() - started, fingerprint.fingerprint(pipeline, card.revision), pace
+        )
 
 
-def warm_up(pipeline: Pipeline, card: ModelCard) -> None:
-    """One picture of one step at the default size: kernels are chosen and memory is reserved before anyone waits."""
+def warm_up(pipeline: Pipeline, card: ModelCard) -> dict[str, float]:
+    """One picture of one step at the default size: kernels are chosen and memory is reserved before anyone waits.
+
+    returns : seconds that a token took, by stage
+    """
+    pace: dict[str, float] = {}
+    last = time.perf_counter()
+
+    def did(work: Work) -> None:
+        nonlocal last
+        if pipeline.device.type == "cuda":
+            torch.cuda.synchronize(pipeline.device)
+        now = time.perf_counter()
+        pace[work.stage], last = (now - last) / max(1, work.tokens), now
+
     d = card.defaults
     params = GenerationParams(
         prompt="warm up", width=d.width, height=d.height, steps=1, guidance_scale=d.guidance_scale, seed=0
     )
-    run(generate(params, pipeline.shift), pipeline)
+    run(generate(params, pipeline.shift), pipeline, did)
+    return pace
 
 
 def make_card(source: ModelSource, parts: Components, told: dict[str, Any]) -> ModelCard:
@@ -115,11 +150,11 @@ def make_card(source: ModelSource, parts: Components, told: dict[str, Any]) -> M
             parameters=sum(p.numel() for p in parts.mmdit.parameters()),
             defaults=Defaults(**(defaults | told.get("defaults", {}))),
             limits=Limits(**(limits | told.get("limits", {}))),
-            negative_prompt=known.guided if known else told.get("negative_prompt", True),
+            negative_prompt=told.get("negative_prompt", known.guided if known else True),
         )
         wrong = _outside(card.defaults, card.limits)
     except TypeError as error:  # an unknown or missing name, or no number where one belongs
-        raise CheckpointError(f"{source.path / 'darkroom.json'} has wrong defaults or limits: {error}") from error
+        raise CheckpointError(f"{source.path / CARD} has wrong defaults or limits: {error}") from error
     if wrong:
         raise CheckpointError(f"{source.path}: the default {wrong} is outside the model's own limits {card.limits}")
     return card
@@ -141,8 +176,22 @@ def _outside(defaults: Defaults, limits: Limits) -> str:
 
 
 def _told(path: Path) -> dict[str, Any]:
-    """A bundle's own `darkroom.json`: description, defaults, limits, t5_length."""
-    file = path / "darkroom.json"
+    """What `darkroom.json` says: description, defaults, limits, negative_prompt, t5_length.
+
+    What a variant does not say is as its base says, but for the description.
+    """
+    own = _told_at(path)
+    if (variant := variant_at(path)) is None:
+        return own
+    base = {key: value for key, value in _told_at(variant.base).items() if key != "description"}
+    for part in ("defaults", "limits"):
+        if isinstance(base.get(part), dict) and isinstance(own.get(part), dict):
+            own[part] = base[part] | own[part]
+    return base | own
+
+
+def _told_at(path: Path) -> dict[str, Any]:
+    file = path / CARD
     if not file.is_file():
         return {}
     try:

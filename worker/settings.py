@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from pydantic_settings import NoDecode
 from model.config import VARIANTS
 from worker.contract.settings import ContractSettings
 
-DEMO = Path(__file__).parent.parent / "model" / "bundles" / "demo"
+BUNDLES = Path(__file__).parent.parent / "model" / "bundles"
+"""The folder of the models that come with Darkroom."""
 
 SERVED = {"sd3.5-large": "large", "sd3.5-large-turbo": "large-turbo", "sd3.5-medium": "medium"}
 """The names under which the published models are served, and the variant that each name declares."""
@@ -23,7 +25,7 @@ SERVED = {"sd3.5-large": "large", "sd3.5-large-turbo": "large-turbo", "sd3.5-med
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that the operator asks for: `name=path`, `name:variant=path`, or the bare name `demo`."""
+    """A model that the operator asks for: `name=path`, `name:variant=path`, or the bare name of one of ours."""
 
     name: str
     path: Path
@@ -32,8 +34,9 @@ class ModelSource:
     @classmethod
     def parse(cls, text: str) -> ModelSource:
         """One entry of DARKROOM_MODELS; ValueError says what is wrong with it."""
-        if text == "demo":
-            return cls("demo", DEMO)
+        for own in bundled():
+            if text == own.name:
+                return own
         declared, _, path = text.partition("=")
         name, _, variant = declared.partition(":")
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name) or not path:
@@ -43,13 +46,20 @@ class ModelSource:
         return cls(name, Path(path).expanduser(), variant or SERVED.get(name))
 
 
+def bundled(folder: Path = BUNDLES) -> tuple[ModelSource, ...]:
+    """The models that come with Darkroom: every folder that has a card."""
+    return tuple(ModelSource(card.parent.name, card.parent) for card in sorted(folder.glob("*/darkroom.json")))
+
+
 class WorkerSettings(ContractSettings):
     """Read once at start from `DARKROOM_*`."""
 
     models: Annotated[tuple[ModelSource, ...], NoDecode] = Field(
-        default=(ModelSource("demo", DEMO),),
+        default_factory=bundled,
+        validate_default=True,
         min_length=1,
-        description="models to load, comma-separated: `demo`, `name=path`, or `name:variant=path`",
+        description="models to load, comma-separated: `demo`, `name=path`, or `name:variant=path`; "
+        "unset: all that come with Darkroom",
     )
     tokenizers: Path | None = Field(
         default=None, description="folder with tokenizer, tokenizer_2 and tokenizer_3, for single-file checkpoints"
@@ -68,9 +78,30 @@ class WorkerSettings(ContractSettings):
     max_batch_rows: int = Field(
         default=8, ge=2, le=256, description="rows of one denoising step; a guided job takes two"
     )
+    token_budget: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="image and text tokens of one denoising step, over all its rows; absent: 9,000 on a GPU, 1,600 on "
+        "a CPU. One picture alone may take more",
+    )
+    embedding_cache_mb: int = Field(
+        default=256, ge=0, le=65_536, description="MiB of encoded prompts to keep, on the device; 0: none"
+    )
+    gpus: str = Field(
+        default="",
+        pattern=r"^(|all|\d{1,3}(,\d{1,3})*)$",
+        description="a process for each of these GPUs: `all`, or indices such as `0,2`; empty: one process on `device`",
+    )
+    death_limit: int = Field(
+        default=3, ge=1, le=1000, description="a job fails once its worker died so often with nothing beside it"
+    )
+    grace_s: float = Field(
+        default=20.0, ge=0, le=3600, description="seconds to finish jobs when told to stop; the rest are handed back"
+    )
     worker_name: str = Field(
-        default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}",
-        description="this worker's name, unique in its Redis",
+        default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
+        description="this process's name, never used twice; the supervisor gives one",
     )
     metrics_host: str = Field(default="127.0.0.1", description="address of the worker's /metrics")
     metrics_port: int = Field(default=0, ge=0, le=65_535, description="port of the worker's /metrics; 0: none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import TracebackType
 from typing import Self
 
@@ -41,6 +42,7 @@ TINY = ModelCard(
 )
 CARDS = (LARGE, TURBO, TINY)
 NAMES = [card.name for card in CARDS]
+RENEW_S = 0.5
 
 
 class FakeWorker:
@@ -58,7 +60,7 @@ class FakeWorker:
 
     def __enter__(self) -> Self:
         self._intake.publish(CARDS)
-        self._intake.heartbeat(NAMES)
+        self._intake.renew(NAMES)
         self._thread.start()
         return self
 
@@ -75,14 +77,17 @@ class FakeWorker:
         self._intake.retire()
 
     def _serve(self) -> None:
-        intake = self._intake
+        intake, renewed_at = self._intake, 0.0
         while not self._closed.is_set():
+            if time.monotonic() - renewed_at > RENEW_S:
+                intake.renew(NAMES)
+                renewed_at = time.monotonic()
             claimed = intake.claim(NAMES, 8)
             intake.progress({claim: Progress(step=1, steps=_steps(claim.job)) for claim in claimed})
             self.running += claimed
             stopped = intake.canceled()
             for claim in list(self.running):
-                if claim.job.id in stopped:
+                if claim.key in stopped:
                     intake.commit(claim, "canceled", Result())
                 elif self.go_on.is_set():
                     self._finish(claim)
@@ -100,7 +105,11 @@ class FakeWorker:
         steps = _steps(claim.job)
         self._intake.progress({claim: Progress(step=steps, steps=steps)})
         result = Result(
-            pictures=pictures, warnings=("prompt was cut",), timings={"denoise": 0.25}, expires_at=expires_at
+            pictures=pictures,
+            warnings=("prompt was cut",),
+            timings={"denoise": 0.25},
+            expires_at=expires_at,
+            fingerprint="fp_fake",
         )
         self._intake.commit(claim, "succeeded", result)
 

@@ -127,6 +127,23 @@ def test_generate_posts_what_was_asked_and_nothing_else(server: FakeServer, tmp_
     assert server.posted[1] == {"model": "demo", "prompt": "a red circle"}
 
 
+def test_generate_makes_a_picture_of_each_loaded_model(server: FakeServer, tmp_path: Path) -> None:
+    names = {"demo-turbo": True, "demo": True, "cold": False}
+    server.models = [{"name": name, "loaded": loaded} for name, loaded in names.items()]
+    result = generate(server, "--every-model", "--output", tmp_path / "a.png")
+    assert result.exit_code == 0, result.output
+    assert [posted["model"] for posted in server.posted] == ["demo", "demo-turbo"]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a-turbo.png"}
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["id", "model", "time", "picture"] * 2
+
+
+def test_generate_refuses_one_model_and_every_model(server: FakeServer, tmp_path: Path) -> None:
+    result = generate(server, "--every-model", "--model", "demo", "--output", tmp_path)
+    assert result.exit_code == 1
+    assert "--every-model and --model demo contradict each other" in result.stderr
+    assert server.posted == []
+
+
 def test_generate_numbers_several_pictures(server: FakeServer, tmp_path: Path) -> None:
     server.views = [succeeded(7, 8)]
     generate(server, "--output", tmp_path / "a.png")

@@ -81,6 +81,19 @@ def test_models_are_looked_for_where_the_setting_says(tmp_path: Path) -> None:
     assert "name=path" in found["model f"].found
 
 
+def test_a_variant_is_looked_for_with_its_base(tmp_path: Path) -> None:
+    for name, base in (("good", "../whole"), ("bad", "../gone")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "darkroom.json").write_text(json.dumps({"base": base}))
+    bundle(tmp_path / "whole")
+    good, bad = doctor.check_models(f"good={tmp_path}/good,bad={tmp_path}/bad")
+    assert good.state == "ok"
+    assert (bad.state, bad.found) == (
+        "wrong",
+        f"{tmp_path}/bad differs from {tmp_path}/bad/../gone, which does not exist",
+    )
+
+
 def test_model_index_that_is_not_json_is_wrong(tmp_path: Path) -> None:
     (bundle(tmp_path / "x") / "model_index.json").write_text("{")
     assert "cannot be read" in next(doctor.check_models(f"x={tmp_path}/x")).found

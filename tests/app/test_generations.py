@@ -64,6 +64,7 @@ async def test_create_fills_in_the_defaults_of_the_models_card(served: httpx.Asy
         "output_format": "png",
         "output_quality": 90,
         "metadata": "full",
+        "deterministic": False,
         "priority": "normal",
     }
 
@@ -82,6 +83,7 @@ async def test_create_keeps_what_is_asked_for(served: httpx.AsyncClient) -> None
         "output_format": "webp",
         "output_quality": 1,
         "metadata": "none",
+        "deterministic": True,
         "priority": "high",
     }
     generation = await created(served, **asked)
@@ -129,6 +131,7 @@ async def test_create_with_prefer_wait_answers_200_once_it_has_ended(served: htt
     assert generation["progress"] == {"step": 4, "steps": 4}
     assert generation["timings"].keys() == {"queue", "denoise", "total"}
     assert generation["warnings"] == ["prompt was cut"]
+    assert generation["fingerprint"] == "fp_fake"
     assert generation["queue_position"] is None
     assert generation["expires_at"] > generation["ended_at"] >= generation["started_at"] >= generation["created_at"]
 
@@ -365,7 +368,7 @@ def _age(path: Path, seconds: float) -> None:
 
 
 def _publish_cards(settings: GatewaySettings) -> None:
-    intake = Intake(redis.Redis.from_url(str(settings.redis_url)), settings, "publisher")
+    intake = Intake(redis.Redis.from_url(str(settings.redis_url)), "publisher")
     intake.publish(CARDS)
     intake.close()
 

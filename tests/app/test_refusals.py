@@ -65,6 +65,7 @@ def assert_refused(answer: httpx.Response, status: int, code: str, field: str | 
         ({"output_format": "gif"}, "output_format", 'output_format is "gif"; allowed: "png", "jpeg", "webp"'),
         ({"output_quality": 101}, "output_quality", "output_quality is 101; allowed: a whole number from 1 to 100"),
         ({"metadata": True}, "metadata", 'metadata is true; allowed: "full", "none"'),
+        ({"deterministic": 1}, "deterministic", "deterministic is 1; allowed: true, false"),
         ({"priority": "urgent"}, "priority", 'priority is "urgent"; allowed: "high", "normal", "low"'),
         ({"deadline_s": 0}, "deadline_s", "deadline_s is 0; allowed: a whole number from 1 to 3600"),
         ({"deadline_s": 3601}, "deadline_s", "deadline_s is 3601"),

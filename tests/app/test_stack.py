@@ -99,7 +99,7 @@ def test_stack_stops_all_and_the_worker_before_its_valkey(settings: StackSetting
 
 def test_worker_that_does_not_stop_in_time_is_killed(tmp_path: Path, reports: Reports) -> None:
     deaf = WORKER.replace("sys.exit()", "time.sleep(600)")
-    settings = StackSettings(data_dir=tmp_path, port=0, worker_grace_s=0.1)
+    settings = StackSettings(data_dir=tmp_path, port=0, grace_s=0.1)
     with Stack(settings, reports.append, commands=COMMANDS | {"worker": (sys.executable, "-c", deaf)}) as stack:
         stack.wait_ready()
     assert reports.said("did not finish within 0.1 s")

@@ -4,11 +4,18 @@ import time
 from typing import Any
 
 from model.params import GenerationParams
-from worker.contract.job import Job, Output, new_job_id
+from worker.contract.job import Job, Output, Priority, new_job_id
 
 
 def make_job(
-    *, output: Output | None = None, deadline_s: float = 600, num_images: int = 1, model: str = "tiny", **params: Any
+    *,
+    output: Output | None = None,
+    deadline_s: float = 600,
+    num_images: int = 1,
+    model: str = "tiny",
+    priority: Priority = "normal",
+    deterministic: bool = False,
+    **params: Any,
 ) -> Job:
     """A job of the tiny model; keyword arguments change its params."""
     now = time.time()
@@ -20,6 +27,8 @@ def make_job(
         params=GenerationParams(**asked),
         num_images=num_images,
         output=output or Output(),
+        priority=priority,
+        deterministic=deterministic,
         created_at=now,
         deadline=now + deadline_s,
     )

@@ -1,71 +1,27 @@
 """The GPU loop over a fake pipeline: batching, ending, and that one bad job harms no other."""
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
-from model.pipeline import Begin, Decode, Denoise, Encode, Latents, Work
-from model.text import Text
+from model.work import Decode, Denoise, Encode, NonFiniteLatents, Work
+from tests.worker.fake_pipeline import Bench, FakePipeline, seed_of
 from tests.worker.jobs import make_job
 from worker.contract.errors import StoreUnavailable
-from worker.engine import Engine, Task, explain
-from worker.metrics import WorkerMetrics
+from worker.engine import Task, explain
 
 
-class FakePipeline:
-    """Does no arithmetic; records each batch; `fault` may raise for a batch."""
-
-    shift = 3.0
-    device = torch.device("cpu")
-
-    def __init__(self, fault: Callable[[Sequence[Work]], None] = lambda batch: None) -> None:
-        self.batches: list[list[Work]] = []
-        self.fault = fault
-
-    def run(self, batch: Sequence[Work]) -> list[Any]:
-        self.batches.append(list(batch))
-        self.fault(batch)
-        return [self._one(work) for work in batch]
-
-    def _one(self, work: Work) -> Any:
-        match work:
-            case Encode():
-                return [Text(torch.zeros(4, 8), torch.zeros(8)) for _ in work.prompts]
-            case Begin():
-                return Latents(torch.full((16, work.height // 8, work.width // 8), float(work.seed)))
-            case Denoise():
-                return None
-            case Decode():
-                return torch.zeros(8, 8, 3, dtype=torch.uint8)
-
-    def sizes(self, kind: type) -> list[int]:
-        """Batch sizes of one kind of work."""
-        return [len(batch) for batch in self.batches if isinstance(batch[0], kind)]
-
-
-class Bench:
-    """An engine driven step by step."""
-
-    def __init__(
-        self, pipeline: FakePipeline | None = None, *, max_rows: int = 8, now: Callable[[], float] | None = None
-    ) -> None:
-        self.pipeline = pipeline or FakePipeline()
-        self.ended: list[Task] = []
-        options = {"now": now} if now else {}
-        self.engine = Engine(
-            {"tiny": self.pipeline}, max_rows=max_rows, metrics=WorkerMetrics(), ended=self.ended.append, **options
-        )
-
-    def submit(self, **asked: Any) -> Task:
-        task = Task(make_job(**asked))
-        self.engine.submit(task)
-        return task
-
-    def drain(self) -> None:
-        self.engine.stop()
-        self.engine.run()
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Nobody reads these logs, and drawing tracebacks takes seconds."""
+    with capture_logs():
+        yield
 
 
 def test_a_task_ends_with_one_rendering_an_image() -> None:
@@ -85,12 +41,29 @@ def test_tasks_of_different_steps_share_batches_and_the_short_one_leaves_early()
     assert bench.ended == [short, long]
 
 
+def test_texts_of_several_tasks_are_encoded_together_and_pictures_decoded_one_by_one() -> None:
+    bench = Bench()
+    for _ in range(3):
+        bench.submit()
+    bench.drain()
+    assert bench.pipeline.sizes(Encode) == [3]
+    assert bench.pipeline.sizes(Decode) == [1, 1, 1]
+
+
 def test_a_batch_takes_no_more_rows_than_allowed() -> None:
-    bench = Bench(max_rows=4)  # guided: two rows each
+    bench = Bench(max_batch_rows=4)  # guided: two rows each
     for _ in range(3):
         bench.submit(steps=1)
     bench.drain()
     assert bench.pipeline.sizes(Denoise) == [2, 1]
+
+
+def test_a_batch_takes_no_more_tokens_than_its_budget() -> None:
+    bench = Bench(token_budget=2 * 3 * (16 + 4))  # of three guided pictures of 64x64, with the fake's texts
+    for _ in range(4):
+        bench.submit(steps=1)
+    bench.drain()
+    assert bench.pipeline.sizes(Denoise) == [3, 1]
 
 
 def test_pictures_of_different_sizes_do_not_share_a_batch() -> None:
@@ -109,9 +82,48 @@ def test_an_unguided_task_encodes_no_negative_prompt() -> None:
     assert encode.prompts == ("a red circle",)
 
 
+def test_a_short_job_overtakes_a_long_one_of_another_size() -> None:
+    bench = Bench()
+    long = bench.submit(steps=20, width=256)
+    bench.steps(4)  # text, noise, two steps
+    short = bench.submit(steps=2)
+    bench.drain()
+    assert bench.ended == [short, long]
+
+
+def test_a_job_of_high_priority_overtakes_a_shorter_one() -> None:
+    bench = Bench()
+    normal, high = bench.submit(steps=2), bench.submit(steps=4, width=128, priority="high")
+    bench.drain()
+    assert bench.ended == [high, normal]
+
+
+def test_models_in_one_worker_take_turns_step_by_step() -> None:
+    turbo = FakePipeline()
+    bench = Bench(others={"turbo": turbo})
+    long = bench.submit(steps=20)
+    bench.steps(4)
+    short = bench.submit(model="turbo", steps=2)
+    bench.drain()
+    assert bench.ended == [short, long]
+    assert (turbo.sizes(Denoise), bench.pipeline.sizes(Denoise)) == ([1, 1], [1] * 20)
+
+
+def test_a_long_job_is_not_starved_by_short_ones_that_keep_coming() -> None:
+    bench = Bench()
+    bench.pipeline.seconds = {"denoise": 1.0}
+    long = bench.submit(steps=10, width=256)
+    for _ in range(400):
+        if long.outcome:
+            break
+        bench.submit(steps=3)
+        bench.steps(3)
+    assert long.outcome == "succeeded"
+
+
 def test_a_bad_row_fails_its_own_task_and_no_other() -> None:
     def fault(batch: Sequence[Work]) -> None:
-        if any(isinstance(w, Denoise) and w.latents.x.flatten()[0] == 13 for w in batch):
+        if any(isinstance(w, Denoise) and seed_of(w) == 13 for w in batch):
             raise RuntimeError("boom")
 
     bench = Bench(FakePipeline(fault))
@@ -135,9 +147,20 @@ def test_one_failed_picture_fails_the_whole_task_once() -> None:
     assert task.outcome == "failed"
 
 
-def test_a_canceled_task_ends_before_its_next_step_and_lets_go_of_its_latents() -> None:
+def test_a_gpu_that_is_lost_ends_the_engine() -> None:
+    def fault(batch: Sequence[Work]) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    bench = Bench(FakePipeline(fault))
+    task = bench.submit()
+    with pytest.raises(torch.AcceleratorError):
+        bench.drain()
+    assert task.outcome is None
+
+
+def test_a_canceled_task_ends_before_its_next_step_and_frees_its_row() -> None:
     bench = Bench()
-    task = bench.submit(steps=50)
+    task, other = bench.submit(steps=50, seed=7), bench.submit(steps=5)
 
     def cancel_at_third_step(batch: Sequence[Work]) -> None:
         if task.steps_done == 2:
@@ -145,36 +168,91 @@ def test_a_canceled_task_ends_before_its_next_step_and_lets_go_of_its_latents() 
 
     bench.pipeline.fault = cancel_at_third_step
     bench.drain()
-    assert (task.outcome, task.steps_done) == ("canceled", 3)
-    assert all(child.work is None for child in task.children)
+    assert (task.outcome, task.steps_done, other.outcome) == ("canceled", 3, "succeeded")
+    assert bench.pipeline.sizes(Denoise) == [2, 2, 2, 1, 1]
 
 
-def test_a_task_past_its_deadline_fails_and_says_how_far_it_came() -> None:
-    clock = {"now": 0.0}
-    bench = Bench(now=lambda: clock["now"])
-    task = bench.submit(steps=50)
-
-    def tick(batch: Sequence[Work]) -> None:
-        if isinstance(batch[0], Denoise):
-            clock["now"] = task.job.deadline + 1
-
-    bench.pipeline.fault = tick
+def test_a_withdrawn_task_is_dropped_before_its_next_step_without_a_word() -> None:
+    bench = Bench()
+    ours, theirs = bench.submit(steps=5), bench.submit(steps=5)
+    bench.steps(4)
+    bench.engine.withdraw([theirs.job.id, "unknown"])
     bench.drain()
-    assert task.failure is not None
-    assert (task.failure.code, task.failure.message) == (
-        "deadline_exceeded",
-        "the deadline passed after 1 of 50 steps",
-    )
+    assert bench.ended == [ours]
+    assert (theirs.outcome, theirs.steps_done) == (None, 2)
 
 
-def test_a_late_task_that_is_also_asked_to_stop_has_failed() -> None:
-    clock = {"now": 0.0}
-    bench = Bench(now=lambda: clock["now"])
-    task = bench.submit(steps=50)
-    clock["now"] = task.job.deadline + 1
-    task.cancel()
+def test_a_task_that_is_submitted_again_after_its_withdrawal_runs() -> None:
+    bench = Bench()
+    first = bench.submit()
+    bench.engine.withdraw([first.job.id])
+    again = Task(first.job)
+    bench.engine.submit(again)
     bench.drain()
-    assert task.outcome == "failed"
+    assert bench.ended == [again]
+
+
+def test_a_withdrawal_reaches_an_engine_that_is_told_to_stop() -> None:
+    bench = Bench()
+    task = bench.submit(steps=5)
+    bench.steps(3)
+    bench.engine.stop()
+    bench.engine.withdraw([task.job.id])
+    bench.engine.run()
+    assert bench.ended == []
+
+
+@pytest.fixture
+def _no_garbage_collector() -> Iterator[None]:
+    """What only it would free is not freed in time for the next picture."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_garbage_collector")
+@pytest.mark.parametrize("end", ["success", "cancel", "withdraw", "deadline", "failure", "memory", "non-finite"])
+def test_however_a_task_ends_its_latents_and_texts_are_freed_at_once(end: str) -> None:
+    clock = [0.0]
+    bench = Bench(now=lambda: clock[0])
+    task = bench.submit(steps=3, num_images=2)
+    bench.steps(3)
+    assert bench.pipeline.alive() == 2 * (2 + 1)
+
+    def fault(batch: Sequence[Work]) -> None:
+        local = bench.pipeline.noted(torch.zeros(9))  # lives in the traceback's frame
+        if end == "failure":
+            raise RuntimeError(f"boom {local.shape}")
+        if end == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    bench.pipeline.fault = fault
+    if end == "cancel":
+        task.cancel()
+    elif end == "withdraw":
+        bench.engine.withdraw([task.job.id])
+    elif end == "deadline":
+        clock[0] = task.job.deadline + 1
+    elif end == "non-finite":
+        bench.pipeline._one = lambda work: NonFiniteLatents("nan")  # type: ignore[method-assign]
+    bench.drain()
+    bench.pipeline.batches.clear()
+    assert task.outcome == {"success": "succeeded", "cancel": "canceled", "withdraw": None}.get(end, "failed")
+    assert bench.pipeline.alive() == 0
+
+
+def test_a_picture_with_non_finite_latents_fails_alone() -> None:
+    class Poisoned(FakePipeline):
+        def _one(self, work: Work) -> Any:
+            if isinstance(work, Decode) and seed_of(work) == 13:
+                return NonFiniteLatents("the latents became NaN")
+            return super()._one(work)
+
+    bench = Bench(Poisoned())
+    bad, good = bench.submit(seed=13), bench.submit(seed=1)
+    bench.drain()
+    assert bad.failure is not None
+    assert (bad.failure.code, good.outcome) == ("non_finite", "succeeded")
 
 
 def test_a_job_of_a_model_that_is_not_held_fails() -> None:
@@ -183,6 +261,33 @@ def test_a_job_of_a_model_that_is_not_held_fails() -> None:
     bench.drain()
     assert task.failure is not None
     assert task.failure.code == "invalid_job"
+    assert task.failure.message == "this worker holds no model 'other'; it holds tiny"
+
+
+def test_a_deterministic_task_shares_no_batch() -> None:
+    bench = Bench()
+    task = bench.submit(deterministic=True, num_images=2)
+    others = [bench.submit() for _ in range(2)]
+    bench.drain()
+    assert [one.outcome for one in (task, *others)] == ["succeeded"] * 3
+    for batch in bench.pipeline.batches:
+        assert len(batch) == 1 or not any(work.deterministic for work in batch)
+
+
+def test_metrics_tell_batches_cache_and_overhead() -> None:
+    bench = Bench()
+    bench.pipeline.seconds = {"denoise": 0.5}
+    for _ in range(2):
+        bench.submit(steps=3)
+    bench.steps(2)
+    assert bench.metric("pending_rows", model="tiny") == 4
+    bench.drain()
+    assert bench.metric("batch_size_sum", model="tiny") == 12
+    assert bench.metric("batch_tokens_sum", model="tiny") == 12 * (16 + 4)
+    assert bench.metric("stage_seconds_sum", model="tiny", stage="denoise") == pytest.approx(1.5)
+    assert bench.metric("embedding_cache_misses_total", model="tiny") == 4
+    assert bench.metric("engine_overhead_seconds_total") == pytest.approx(0.0)
+    assert bench.metric("pending_rows", model="tiny") == 0
 
 
 @pytest.mark.parametrize(

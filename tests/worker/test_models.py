@@ -9,17 +9,81 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from model.checkpoint import CheckpointError
+from model.lowrank import FILE
+from model.sampling import Stretched
+from model.work import Begin
+from tests.model import tiny
 from tests.tiny_bundle import CARD
-from worker.models import NoSuchDevice, load, pick_device
+from worker.models import Loader, Model, NoSuchDevice, pick_device
 from worker.settings import ModelSource, WorkerSettings
 
 
 def loaded(bundle: Path, folder: Path, told: dict[str, Any], **settings: Any) -> Any:
     shutil.copytree(bundle, folder / "model")
     (folder / "model" / "darkroom.json").write_text(json.dumps(told))
-    return load(ModelSource("tiny", folder / "model"), WorkerSettings(device="cpu", dtype="fp32", **settings))
+    return loader(**settings).load(ModelSource("tiny", folder / "model"))
+
+
+def loader(**settings: Any) -> Loader:
+    return Loader(WorkerSettings(device="cpu", dtype="fp32", **settings))
+
+
+def save_variant(bundle: Path, folder: Path, **told: Any) -> Path:
+    """A variant of a bundle that changes one matrix, in a new folder."""
+    folder.mkdir()
+    name = "transformer.proj_out.lora_{}.weight"
+    width = torch.nn.Linear(tiny.MMDIT_X.hidden, 64).weight
+    state = {name.format("A"): torch.randn(2, width.shape[1]), name.format("B"): torch.randn(width.shape[0], 2)}
+    save_file(state, folder / FILE)
+    (folder.parent / "base").symlink_to(bundle)
+    (folder / "darkroom.json").write_text(json.dumps({"base": "../base"} | told))
+    return folder
+
+
+@pytest.mark.parametrize("first", ["base", "variant"])
+def test_a_variant_shares_all_but_its_mmdit_with_its_base(tiny_bundle: Path, tmp_path: Path, first: str) -> None:
+    save_variant(tiny_bundle, tmp_path / "variant")
+    load = loader().load
+    models: dict[str, Model] = {}
+    for name in (first, *{"base", "variant"} - {first}):
+        models[name] = load(ModelSource(name, tmp_path / name))
+    base, variant = models["base"].pipeline, models["variant"].pipeline
+    assert variant.vae is base.vae
+    assert variant.text is base.text
+    changed = [n for n, t in base.mmdit.state_dict().items() if not torch.equal(t, variant.mmdit.state_dict()[n])]
+    assert changed == ["final_layer.linear.weight"]
+    assert models["base"].card.revision != models["variant"].card.revision
+
+
+def test_models_of_different_folders_share_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "copy")
+    load = loader().load
+    first, second = load(ModelSource("a", tiny_bundle)), load(ModelSource("b", tmp_path / "copy"))
+    assert second.pipeline.text is not first.pipeline.text
+    assert second.pipeline.vae is not first.pipeline.vae
+
+
+def test_what_a_variants_card_does_not_say_is_as_its_base_says(tiny_bundle: Path, tmp_path: Path) -> None:
+    told = {"defaults": {"steps": 2, "guidance_scale": 1.0}, "negative_prompt": False, "shift_terminal": 0.5}
+    model = loader().load(ModelSource("quick", save_variant(tiny_bundle, tmp_path / "variant", **told)))
+    card, base = model.card, CARD["defaults"]
+    assert (card.defaults.steps, card.defaults.guidance_scale) == (2, 1.0)
+    assert (card.defaults.width, card.defaults.sampler) == (base["width"], base["sampler"])
+    assert card.limits.min_pixels == CARD["limits"]["min_pixels"]
+    assert card.description == "quick"
+    assert card.negative_prompt is False
+    assert model.pipeline.t5_length == CARD["t5_length"]
+    assert model.pipeline.shift == Stretched(3.0, 0.5)
+
+
+def test_a_variant_whose_base_is_gone_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = save_variant(tiny_bundle, tmp_path / "variant")
+    (tmp_path / "base").unlink()
+    with pytest.raises(CheckpointError, match="base does not exist"):
+        loader().load(ModelSource("quick", folder))
 
 
 @pytest.mark.parametrize(
@@ -47,6 +111,18 @@ def test_a_model_is_loaded_and_warmed_up_without_t5(tiny_bundle: Path, tmp_path:
     model = loaded(tiny_bundle, tmp_path, CARD, t5=False)
     assert model.pipeline.text.t5 is None
     assert model.card.defaults.width == CARD["defaults"]["width"]
+
+
+def test_a_loaded_model_has_a_bounded_cache_a_fingerprint_and_a_map_for_previews(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    model = loaded(tiny_bundle, tmp_path, CARD, embedding_cache_mb=3)
+    (latents,) = model.pipeline.run([Begin(1, 64, 64)])
+    assert model.pipeline.text.cache.max_bytes == 3 * 2**20
+    assert model.fingerprint.startswith("fp_")
+    assert model.pace.keys() == {"text_encode", "noise", "denoise", "vae_decode"}
+    assert min(model.pace.values()) > 0
+    assert model.pipeline.preview(latents).shape == (8, 8, 3)
 
 
 def test_a_device_that_is_not_there_is_refused_by_name() -> None:

@@ -5,11 +5,22 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from worker.settings import DEMO, ModelSource, WorkerSettings
+from worker.settings import BUNDLES, ModelSource, WorkerSettings, bundled
+
+DEMO = BUNDLES / "demo"
 
 
-def test_without_an_environment_the_demo_is_served() -> None:
-    assert WorkerSettings().models == (ModelSource("demo", DEMO),)
+def test_without_an_environment_the_models_that_come_along_are_served() -> None:
+    assert WorkerSettings().models == bundled()
+    assert ModelSource("demo", DEMO) in bundled()
+
+
+def test_every_folder_with_a_card_comes_along_in_order(tmp_path: Path) -> None:
+    for name in ("demo-turbo", "demo"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "darkroom.json").touch()
+    (tmp_path / "notes").mkdir()
+    assert [source.name for source in bundled(tmp_path)] == ["demo", "demo-turbo"]
 
 
 def test_models_are_named_with_their_paths(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +42,8 @@ def test_models_are_named_with_their_paths(monkeypatch: pytest.MonkeyPatch) -> N
         ("DARKROOM_MODELS", "", "models"),
         ("DARKROOM_DEVICE", "tpu", "device"),
         ("DARKROOM_MAX_JOBS", "0", "max_jobs"),
+        ("DARKROOM_TOKEN_BUDGET", "0", "token_budget"),
+        ("DARKROOM_EMBEDDING_CACHE_MB", "-1", "embedding_cache_mb"),
         ("DARKROOM_REDIS_URL", "http://x", "redis_url"),
     ],
 )

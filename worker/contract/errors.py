@@ -6,6 +6,7 @@ DarkroomError
 ├── UnknownGeneration       no such job (any more)
 ├── PicturesExpired         the job is known, its pictures are gone
 ├── QueueFull               the model's queue is at its bound
+├── ModelDraining           an operator lets the model's queue run empty
 ├── QueueUnavailable        Redis does not answer
 ├── StoreUnavailable        the picture store does not answer
 └── SchemaUnknown           a payload written by a newer or older Darkroom
@@ -67,6 +68,16 @@ class QueueFull(DarkroomError):
 
     def __init__(self, model: str, bound: int, retry_after_s: int) -> None:
         super().__init__(f"{bound} jobs already wait for {model!r}; try again in {retry_after_s} s")
+        self.retry_after_s = retry_after_s
+
+
+class ModelDraining(DarkroomError):
+    """Nothing new is accepted for this model until its operator resumes it."""
+
+    code = "draining"
+
+    def __init__(self, model: str, retry_after_s: int) -> None:
+        super().__init__(f"{model!r} is being drained and takes no new jobs for now; try again in {retry_after_s} s")
         self.retry_after_s = retry_after_s
 
 

@@ -49,6 +49,7 @@ class Job:
     revision: str  # of the model's card at submission
     params: GenerationParams  # of picture 0; picture n has seed + n
     num_images: int = 1
+    deterministic: bool = False  # the same bytes again, whatever else runs, for one fingerprint of the result
     output: Output = field(default_factory=Output)
     priority: Priority = "normal"
     created_at: float  # Unix seconds
@@ -117,6 +118,7 @@ class Result:
     warnings: tuple[str, ...] = ()
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage: text_encode, noise, denoise, vae_decode
     expires_at: float | None = None  # Unix seconds; when the pictures go
+    fingerprint: str | None = None  # of all that the pictures' bytes depend on beside the job
 
     def to_json(self) -> str:
         """The result as JSON."""

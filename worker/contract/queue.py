@@ -14,7 +14,7 @@ from redis.commands.core import AsyncScript
 from rq.defaults import RQ_KEY_PREFIX
 
 from worker.contract.cards import ModelCard
-from worker.contract.errors import QueueFull, UnknownGeneration
+from worker.contract.errors import ModelDraining, QueueFull, UnknownGeneration
 from worker.contract.events import EndedJobs
 from worker.contract.job import PRIORITIES, TERMINAL, Job, JobView, Priority, queue_name
 from worker.contract.link import link_options, reaching_redis, retry_once_async
@@ -33,13 +33,20 @@ RECHECK_S = 2.0
 RETRY_AFTER_S = 10
 """What a client turned away by a full queue is told to wait."""
 
-EXPIRE_AT_MOST = 200
+DRAIN_RETRY_AFTER_S = 30
+"""The same for a model that is being drained, which takes longer."""
+
+WATCH_S = 15
+PREVIEW_S = 30
+"""A preview is kept so long."""
+
+LATE_AT_MOST = 200
 
 MAX_CONNECTIONS = 32
 CONNECTION_WAIT_S = 5.0
 """A burst of requests waits so long for a connection; the client's plain pool would fail at once."""
 
-_JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class JobQueue:
@@ -50,7 +57,7 @@ class JobQueue:
         self._bound = settings.queue_bound
         self._records = RecordWriter(settings.record_lifetime_s)
         self._ended = EndedJobs(redis)
-        names = ("submit", "view", "cancel", "expire")
+        names = ("submit", "view", "cancel", "reap")
         self._scripts: dict[str, AsyncScript] = {name: redis.register_script(script(name)) for name in names}
 
     @classmethod
@@ -76,18 +83,18 @@ class JobQueue:
             await cast(Any, self._redis.ping())
 
     async def submit(self, job: Job) -> int:
-        """Puts the job in its queue and returns how many of its model go before it; QueueFull.
+        """Puts the job in its queue and returns how many of its model go before it; QueueFull, ModelDraining.
 
         Submitting the same id again changes nothing, so that a caller may try again after QueueUnavailable.
         """
-        position = int(
-            await self._run(
-                "submit", job.id, job.model, job.priority, self._bound, job.deadline, *self._records.fields(job)
-            )
+        answer = await self._run(
+            "submit", job.id, job.model, job.priority, self._bound, job.deadline, *self._records.fields(job)
         )
-        if position < 0:
+        if answer == b"full":
             raise QueueFull(job.model, self._bound, RETRY_AFTER_S)
-        return position
+        if answer == b"draining":
+            raise ModelDraining(job.model, DRAIN_RETRY_AFTER_S)
+        return int(answer)
 
     async def view(self, job_id: str) -> JobView:
         """The job as it is now; past its deadline it has failed. UnknownGeneration."""
@@ -112,9 +119,20 @@ class JobQueue:
                     async with asyncio.timeout(min(left, RECHECK_S)):
                         await ended.wait()
 
-    async def expire(self) -> int:
-        """Ends jobs past their deadline, whoever's they are; returns how many. For a gateway to call now and then."""
-        return int(await self._run("expire", EXPIRE_AT_MOST))
+    async def watch(self, job_id: str) -> None:
+        """Asks for previews of a job for the next WATCH_S seconds; a worker makes none that nobody asked for."""
+        with reaching_redis():
+            await self._redis.set(f"darkroom:watch:{job_id}", 1, ex=WATCH_S)
+
+    async def preview(self, job_id: str) -> bytes | None:
+        """The latest preview of a running, watched job: a small WebP."""
+        with reaching_redis():
+            return cast(bytes | None, await self._redis.get(f"darkroom:preview:{job_id}"))
+
+    async def reap(self) -> tuple[int, int]:
+        """Ends jobs past their deadline, takes those of workers that are gone; how many of each. About every 2 s."""
+        late, taken = await self._run("reap", LATE_AT_MOST)
+        return int(late), int(taken)
 
     async def cards(self) -> dict[str, ModelCard]:
         """The card of every model ever published, by name."""
@@ -142,7 +160,7 @@ class JobQueue:
                 return dict(zip(queues, await pipe.execute(), strict=True))
 
     async def _record(self, transition: str, job_id: str) -> JobView:
-        if not _JOB_ID.fullmatch(job_id):
+        if not JOB_ID.fullmatch(job_id):
             raise UnknownGeneration(job_id)
         record = await self._run(transition, job_id)
         if record is None:

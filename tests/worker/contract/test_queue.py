@@ -176,7 +176,8 @@ async def test_running_job_past_its_deadline_fails_and_its_worker_is_told(queue,
     assert (await queue.view(job.id)).result.failure.message == "the deadline passed before the job was done"
 
     async def told():
-        return intake.canceled() == {job.id}
+        intake.renew(["demo"])
+        return intake.canceled() == {claim.key}
 
     await until(told)
     assert not intake.commit(claim, "succeeded", Result())
@@ -196,16 +197,16 @@ async def test_success_that_comes_after_the_deadline_is_refused(queue, intake, m
     assert (await queue.view(job.id)).result.failure.code == "deadline_exceeded"
 
 
-async def test_expire_ends_overdue_jobs_that_nobody_looks_at(queue, make_job, client):
+async def test_reap_ends_overdue_jobs_that_nobody_looks_at(queue, make_job, client):
     overdue = [make_job(deadline=time.time() - 1, model=f"m{n}") for n in range(3)]
     waiting = make_job()
     await queue.submit(waiting)
     for job in overdue:
         await queue.submit(job)  # ends those before it
-    assert await queue.expire() == 1
+    assert await queue.reap() == (1, 0)
     assert [client.hget(f"rq:job:{job.id}", "status") for job in overdue] == [b"failed"] * 3
     assert client.zrange("darkroom:deadlines", 0, -1) == [waiting.id.encode()]
-    assert await queue.expire() == 0
+    assert await queue.reap() == (0, 0)
 
 
 async def test_wait_returns_when_the_job_ends(queue, intake, make_job):
@@ -289,14 +290,14 @@ async def test_cards_stay_and_workers_come_and_go(queue, make_intake, client):
     assert (await queue.cards(), await queue.workers()) == ({}, {})
     first, second = make_intake("w1"), make_intake("w2")
     first.publish([card("demo"), card("other")])
-    first.heartbeat(["demo", "other"])
-    second.heartbeat(["demo"])
+    first.renew(["demo", "other"])
+    second.renew(["demo"])
     assert await queue.workers() == {"demo": 2, "other": 1}
-    first.heartbeat(["demo"])
+    first.renew(["demo"])
     assert await queue.workers() == {"demo": 2}
     first.retire()
     assert await queue.workers() == {"demo": 1}
-    client.zincrby("darkroom:workers", -11, '["demo", "w2"]')
+    client.zincrby("darkroom:workers", -11, '["demo","w2"]')
     assert await queue.workers() == {}
     assert await queue.cards() == {"demo": card("demo"), "other": card("other")}
 
@@ -337,7 +338,7 @@ async def every_method(queue, job):
     yield queue.view(job.id)
     yield queue.cancel(job.id)
     yield queue.wait(job.id, 30)
-    yield queue.expire()
+    yield queue.reap()
     yield queue.cards()
     yield queue.workers()
     yield queue.depth()

@@ -1,13 +1,16 @@
 -- Starts up to `want` jobs: high before normal before low; one of each model in turn; first come, first served in a queue.
--- Jobs of another schema stay where they are, late ones fail, ids without a job are dropped.
--- ARGV: worker, schema, want, number of models, models, then `want` execution ids.
--- Returns for each: id, execution, data, enqueued_at, started_at.
-local worker, schema, want, models = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+-- Jobs of another schema stay where they are, late ones fail, ids without a job are dropped, paused models are passed over.
+-- A group of suspects (see `bury`) starts whole, and only where nothing else runs: a worker that meets one while it holds
+-- other jobs gets no more until it is idle.
+-- ARGV: worker, schema, want, how many jobs it holds, number of models, models, then `want` execution ids.
+-- Returns for each: id, execution, data, enqueued_at, started_at, group of suspects or ''.
+local worker, schema, want, holding, models = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local CHUNK = 50
+local reply, taken, closed = {}, 0, false
 
--- The next job of one queue that may start, taken off its list; nil at its end. What stays is counted in `left`.
+-- The next job of one queue that may start, taken off its list, with its group; nil at its end. What stays is counted in `left`.
 local function take(scan)
-  while true do
+  while not closed do
     scan.at = scan.at + 1
     if scan.at > #scan.ids then
       scan.ids, scan.at = redis.call('LRANGE', scan.list, scan.left, scan.left + CHUNK - 1), 1
@@ -21,13 +24,20 @@ local function take(scan)
     elseif not meta or meta.schema ~= schema then
       scan.left = scan.left + 1
     elseif not end_if_late(id, status, meta) then
+      local group = redis.call('HGET', job_key(id), 'group')
+      if group and holding + taken > 0 then
+        closed = true
+        return nil
+      end
       redis.call('LREM', scan.list, 1, id)
-      return id, meta
+      return id, meta, group
     end
   end
 end
 
-local function start(id, meta, queue, execution)
+local function start(id, meta, group)
+  taken = taken + 1
+  local execution, queue = ARGV[5 + models + taken], queue_of(meta.model, meta.priority)
   local key, pair, at = job_key(id), id .. ':' .. execution, iso_now()
   local ttl = math.max(0, math.ceil(tonumber(meta.deadline) - NOW)) + STARTED_MARGIN_S
   local ours = RQ .. 'worker:' .. worker .. ':executions'
@@ -39,6 +49,8 @@ local function start(id, meta, queue, execution)
   redis.call('ZADD', RQ .. 'wip:' .. queue, SECONDS + ttl, pair)
   redis.call('SADD', ours, pair)
   redis.call('EXPIRE', ours, ttl + 60)
+  redis.call('SADD', held_key(worker), pair)
+  redis.call('ZADD', LEASES, decimal(NOW + LEASE_S), worker)
   redis.call('HSET', key, 'status', 'started', 'started_at', at, 'last_heartbeat', at, 'worker_name', worker,
     'execution', execution)
   -- A job that an operator put back with RQ's tools has a past.
@@ -47,27 +59,45 @@ local function start(id, meta, queue, execution)
   redis.call('ZADD', DEADLINES, decimal(meta.deadline), id)
   event(id, 'running')
   local f = redis.call('HMGET', key, 'data', 'enqueued_at')
-  return f[1], f[2], at
+  for _, value in ipairs({id, execution, f[1], f[2], at, group or ''}) do reply[#reply + 1] = value end
+end
+
+-- The rest of a group whose first job has started; members that have ended since are forgotten.
+local function start_group(group)
+  local held = {}
+  for m = 1, models do held[ARGV[5 + m]] = redis.call('SISMEMBER', PAUSED, ARGV[5 + m]) == 0 end
+  local ids = redis.call('SMEMBERS', suspects_key(group))
+  local since = {}
+  for _, id in ipairs(ids) do since[id] = redis.call('HGET', job_key(id), 'enqueued_at') or '' end
+  table.sort(ids, function(a, b) return since[a] < since[b] end)
+  for _, id in ipairs(ids) do
+    local f, meta = redis.call('HMGET', job_key(id), 'status', 'group', 'origin'), meta_of(id)
+    if f[1] == 'queued' and f[2] == group and taken < want and held[meta.model] and meta.schema == schema
+        and not end_if_late(id, f[1], meta) then
+      redis.call('LREM', list_key(f[3]), 1, id)
+      start(id, meta, group)
+    end
+  end
+  closed = true
 end
 
 end_late(100)
-local reply, taken = {}, 0
 for _, priority in ipairs(PRIORITIES) do
   local open = {}
   for m = 1, models do
-    local queue = queue_of(ARGV[4 + m], priority)
-    open[m] = {queue = queue, list = list_key(queue), ids = {}, at = 0, left = 0}
+    local list = list_key(queue_of(ARGV[5 + m], priority))
+    if redis.call('SISMEMBER', PAUSED, ARGV[5 + m]) == 0 then
+      open[#open + 1] = {list = list, ids = {}, at = 0, left = 0}
+    end
   end
-  while #open > 0 and taken < want do
+  while #open > 0 and taken < want and not closed do
     local still = {}
     for _, scan in ipairs(open) do
       if taken == want then break end
-      local id, meta = take(scan)
+      local id, meta, group = take(scan)
       if id then
-        taken = taken + 1
-        local execution = ARGV[4 + models + taken]
-        local data, enqueued_at, started_at = start(id, meta, scan.queue, execution)
-        for _, value in ipairs({id, execution, data, enqueued_at, started_at}) do reply[#reply + 1] = value end
+        start(id, meta, group)
+        if group then start_group(group) end
         still[#still + 1] = scan
       end
     end

@@ -1,12 +1,17 @@
 -- Prepended to every transition, after the constants that transitions/__init__.py writes:
--- RQ (key prefix), LATE_QUEUED, LATE_STARTED, CANCELED (how a job ends that no worker ended).
+-- RQ (key prefix), LEASE_S, LATE_QUEUED, LATE_STARTED, CANCELED, WORKER_LOST (how a job ends that no worker ended).
 -- Each transition writes all that RQ's own code would write, so that RQ's tools read our jobs; and it is one script,
 -- so that there is no moment with a job in no list. Keys are built here: one primary, not Redis Cluster.
 
 local PRIORITIES = {'high', 'normal', 'low'}
 local STARTED_MARGIN_S = 86400  -- RQ's tools take a started job for abandoned this long after its deadline: ours are first
 local MAX_EVENTS = 256
+local SUSPECTS_S = 8 * 86400
 local DEADLINES = 'darkroom:deadlines'  -- id of every job not yet ended, scored by its deadline
+local LEASES = 'darkroom:leases'  -- every worker that may hold jobs, scored by the end of its lease
+local PAUSED = 'darkroom:paused'  -- models that no worker may claim for
+local DRAINING = 'darkroom:draining'  -- models that nothing new is accepted for
+local WORKERS = 'darkroom:workers'  -- JSON of [model, worker], scored by when it was last heard of
 
 local clock = redis.call('TIME')
 local SECONDS, MICROS = tonumber(clock[1]), tonumber(clock[2])
@@ -34,6 +39,10 @@ end
 local function job_key(id) return RQ .. 'job:' .. id end
 local function list_key(queue) return RQ .. 'queue:' .. queue end
 local function events_key(id) return 'darkroom:events:' .. id end
+local function held_key(worker) return 'darkroom:held:' .. worker end  -- 'id:execution' of all that it holds
+local function suspects_key(group) return 'darkroom:suspects:' .. group end  -- ids that run with nothing beside them
+local function watch_key(id) return 'darkroom:watch:' .. id end  -- exists while somebody wants previews
+local function preview_key(id) return 'darkroom:preview:' .. id end
 local function queue_of(model, priority) return 'darkroom.' .. model .. '.' .. priority end
 
 -- The meta that submit wrote (schema, model, priority, deadline), or nil for a job that is not ours.
@@ -60,13 +69,28 @@ local function position(id, meta)
   end
 end
 
+-- Starts a life of a job at the end of its queue. fields: all of RQ's job hash, as fields and values.
+local function enqueue(id, model, priority, deadline, fields)
+  local queue = queue_of(model, priority)
+  redis.call('HSET', job_key(id), unpack(fields))
+  redis.call('HSET', job_key(id), 'status', 'queued', 'origin', queue, 'enqueued_at', iso_now())
+  redis.call('SADD', RQ .. 'queues', list_key(queue))
+  redis.call('RPUSH', list_key(queue), id)
+  redis.call('ZADD', DEADLINES, deadline, id)
+  event(id, 'queued')
+  redis.call('PUBLISH', 'darkroom:submitted', model)
+end
+
 local function forget_executions(id, queue, worker)
   local executions = RQ .. 'executions:' .. id
   for _, execution in ipairs(redis.call('ZRANGE', executions, 0, -1)) do
     local pair = id .. ':' .. execution
     redis.call('DEL', RQ .. 'execution:' .. pair)
     redis.call('ZREM', RQ .. 'wip:' .. queue, pair)
-    if worker then redis.call('SREM', RQ .. 'worker:' .. worker .. ':executions', pair) end
+    if worker then
+      redis.call('SREM', RQ .. 'worker:' .. worker .. ':executions', pair)
+      redis.call('SREM', held_key(worker), pair)
+    end
   end
   redis.call('DEL', executions)
 end
@@ -91,6 +115,19 @@ local function register(id, status, queue, lifetime)
   redis.call('ZREMRANGEBYSCORE', registry, '-inf', canceled and SECONDS - lifetime or SECONDS)
 end
 
+local function leave_group(id)
+  local group = redis.call('HGET', job_key(id), 'group')
+  if group then redis.call('SREM', suspects_key(group), id) end
+end
+
+-- Lets a job run only with others of its group beside it: it may be what killed its worker.
+local function set_apart(id, group)
+  leave_group(id)
+  redis.call('HSET', job_key(id), 'group', group)
+  redis.call('SADD', suspects_key(group), id)
+  redis.call('EXPIRE', suspects_key(group), SUSPECTS_S)
+end
+
 local function set_lifetime(id, lifetime)
   for _, key in ipairs({job_key(id), RQ .. 'results:' .. id, events_key(id)}) do
     redis.call('EXPIRE', key, lifetime)
@@ -111,6 +148,7 @@ local function end_job(id, status, ending)
   write_result(id, status, ending, worker, execution, started_at or decimal(NOW))
   register(id, status, queue, lifetime)
   redis.call('ZREM', DEADLINES, id)
+  leave_group(id)
   event(id, status == 'finished' and 'succeeded' or status, ending.outcome)
   set_lifetime(id, lifetime)
   redis.call('PUBLISH', 'darkroom:ended', id)
@@ -140,6 +178,65 @@ local function end_late(most)
     redis.call('ZREM', DEADLINES, id)
   end
   return ended
+end
+
+-- Why a queue takes no more jobs: 'draining' or 'full'; nil if it does. Jobs past their deadline make room first.
+local function refusal(model, priority, bound)
+  end_late(100)
+  if redis.call('SISMEMBER', DRAINING, model) == 1 then return 'draining' end
+  if redis.call('LLEN', list_key(queue_of(model, priority))) >= bound then return 'full' end
+end
+
+-- Takes a started job from whoever holds it: to the front of its queue as if it had never started, or to its end if it
+-- was asked to stop or is late. group: of suspects, for a job that may be what killed its worker.
+local function put_back(id, group)
+  local key, meta = job_key(id), meta_of(id)
+  local f = redis.call('HMGET', key, 'origin', 'worker_name', 'cancel_requested')
+  if f[3] then return end_job(id, 'canceled', CANCELED) end
+  if end_if_late(id, 'started', meta) then return end
+  forget_executions(id, f[1], f[2])
+  redis.call('HSET', key, 'status', 'queued')
+  redis.call('HDEL', key, 'worker_name', 'execution', 'started_at', 'step', 'steps')
+  if group then set_apart(id, group) end
+  redis.call('LPUSH', list_key(f[1]), id)
+  event(id, 'queued')
+  redis.call('PUBLISH', 'darkroom:submitted', meta.model)
+end
+
+-- The ids of these 'id:execution' that still run under that execution, last come first: in the order for `put_back`.
+local function still_held(pairs_)
+  local found = {}
+  for _, pair in ipairs(pairs_) do
+    local id, execution = string.match(pair, '^(.*):([^:]*)$')
+    local f = redis.call('HMGET', job_key(id), 'status', 'execution', 'enqueued_at')
+    if f[1] == 'started' and f[2] == execution then found[#found + 1] = {id = id, at = f[3] or ''} end
+  end
+  table.sort(found, function(a, b) return a.at > b.at or (a.at == b.at and a.id > b.id) end)
+  local ids = {}
+  for n, job in ipairs(found) do ids[n] = job.id end
+  return ids
+end
+
+local function forget_worker(worker)
+  redis.call('ZREM', LEASES, worker)
+  redis.call('DEL', held_key(worker))
+  for _, member in ipairs(redis.call('ZRANGE', WORKERS, 0, -1)) do
+    if cjson.decode(member)[2] == worker then redis.call('ZREM', WORKERS, member) end
+  end
+end
+
+-- A worker that is gone gives back all that it held, in two halves that run apart from each other and from all else, so
+-- that a job that kills its worker is found: it ends up alone. A job that was alone when its worker's process died `limit`
+-- times fails; limit nil: nobody saw the process die, so nothing is counted. Returns how many jobs it held.
+local function bury(worker, limit)
+  local ids = still_held(redis.call('SMEMBERS', held_key(worker)))
+  forget_worker(worker)
+  if #ids == 1 and limit and redis.call('HINCRBY', job_key(ids[1]), 'deaths', 1) >= limit then
+    end_job(ids[1], 'failed', WORKER_LOST)
+    return 1
+  end
+  for n, id in ipairs(ids) do put_back(id, worker .. (n <= #ids / 2 and '/b' or '/a')) end
+  return #ids
 end
 
 -- What Redis knows of a job, for its view: {position or -1, field, value, ...}; nil if there is no such job.

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from app.child import Child
 from tests.processes import is_alive, wait_until
+from worker.contract.child import Child
 
 FOREVER = "import time\nprint('up', flush=True)\ntime.sleep(600)"
 DEAF = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + FOREVER
 PARENT = f"""
 import signal, sys
-from app.child import Child
+from worker.contract.child import Child
 print(Child("orphan", [sys.executable, "-c", {FOREVER!r}]).pid, flush=True)
 signal.pause()
 """
@@ -53,7 +53,7 @@ def test_child_reads_its_config_from_standard_input(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children that their parent died")
 def test_child_does_not_outlive_a_parent_that_is_killed() -> None:
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, cwd=Path(__file__).parents[3])
     with parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())

@@ -90,6 +90,10 @@ class Child:
             return False
         return True
 
+    def terminate(self) -> None:
+        """SIGTERM, if it still runs."""
+        self._process.terminate()
+
     def kill(self) -> None:
         """SIGKILL, at once."""
         self._process.kill()

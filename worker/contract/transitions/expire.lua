@@ -1,2 +1,0 @@
--- ARGV: how many jobs past their deadline to end at most. Returns how many it ended.
-return end_late(tonumber(ARGV[1]))

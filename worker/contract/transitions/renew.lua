@@ -1,0 +1,27 @@
+-- A worker lives: renews its lease, notes which models it holds, and settles which jobs are its own.
+-- Jobs that Redis gave to it in an answer that never arrived, and jobs that it let go of, go back to their queues.
+-- ARGV: worker, number of models, models, then 'id:execution' of each job that it holds.
+-- Returns those that should stop: canceled, past their deadline, or no longer its own.
+local worker, models = ARGV[1], tonumber(ARGV[2])
+redis.call('ZADD', LEASES, decimal(NOW + LEASE_S), worker)
+redis.call('ZREMRANGEBYSCORE', WORKERS, '-inf', decimal(NOW - 60))
+for _, member in ipairs(redis.call('ZRANGE', WORKERS, 0, -1)) do
+  if cjson.decode(member)[2] == worker then redis.call('ZREM', WORKERS, member) end
+end
+for m = 1, models do redis.call('ZADD', WORKERS, decimal(NOW), cjson.encode({ARGV[2 + m], worker})) end
+
+local listed, stop = {}, {}
+for n = 3 + models, #ARGV do
+  local id, execution = string.match(ARGV[n], '^(.*):([^:]*)$')
+  local f = redis.call('HMGET', job_key(id), 'status', 'execution', 'cancel_requested')
+  local ours = f[1] == 'started' and f[2] == execution
+  listed[ARGV[n]] = true
+  if not ours or f[3] or end_if_late(id, 'started', meta_of(id)) then stop[#stop + 1] = ARGV[n] end
+end
+local unlisted = {}
+for _, pair in ipairs(redis.call('SMEMBERS', held_key(worker))) do
+  if not listed[pair] then unlisted[#unlisted + 1] = pair end
+end
+for _, id in ipairs(still_held(unlisted)) do put_back(id) end
+for _, pair in ipairs(unlisted) do redis.call('SREM', held_key(worker), pair) end
+return stop

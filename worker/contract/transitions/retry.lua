@@ -1,0 +1,22 @@
+-- Starts a new life of a job that failed or was canceled: at the end of its queue, with a deadline of its own and without
+-- a past, but for its events and RQ's stream of results. A job whose worker died while it ran alone stays apart.
+-- ARGV: id, bound of the queue, deadline, then fields and values of RQ's job hash.
+-- Returns the position, or why not: 'gone', 'draining', 'full', or the status of a job that has not failed.
+local id, bound, deadline = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+local key, meta = job_key(id), meta_of(id)
+if not meta then return 'gone' end
+local f = redis.call('HMGET', key, 'status', 'origin', 'worker_name', 'deaths')
+local status, queue, worker, deaths = f[1], f[2], f[3], f[4]
+if status ~= 'failed' and status ~= 'canceled' and status ~= 'stopped' then return status end
+local refused = refusal(meta.model, meta.priority, bound)
+if refused then return refused end
+forget_executions(id, queue, worker)  -- a tool of RQ's that ends a job leaves them
+redis.call('ZREM', RQ .. 'failed:' .. queue, id)
+redis.call('ZREM', RQ .. 'canceled:' .. queue, id)
+leave_group(id)
+redis.call('DEL', key)
+redis.call('PERSIST', RQ .. 'results:' .. id)
+redis.call('PERSIST', events_key(id))
+enqueue(id, meta.model, meta.priority, deadline, {unpack(ARGV, 4)})
+if deaths then set_apart(id, 'retry/' .. id) end
+return position(id, meta)

@@ -1,0 +1,141 @@
+"""What becomes of a task that is over: its pictures stored, its job committed, off the GPU thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import structlog
+
+from worker.contract.errors import QueueUnavailable, StoreUnavailable
+from worker.contract.job import Job, Picture, Result
+from worker.contract.store import PictureStore, picture_key
+from worker.engine import Outcome, Task, explain
+from worker.intake import Claim, Intake
+from worker.metrics import WorkerMetrics
+from worker.pictures import encode
+
+log = structlog.get_logger()
+
+RETRY_S = (0.2, 0.5, 1.0, 2.0, 4.0)
+STUCK_S = 60.0
+"""A picture that takes longer than this to be stored is stuck: the leases are not renewed over it."""
+
+
+class Delivery:
+    """Stores and commits in a small pool of threads, and calls `done` with each task that is off our hands."""
+
+    def __init__(
+        self,
+        intake: Intake,
+        store: PictureStore,
+        metrics: WorkerMetrics,
+        *,
+        picture_lifetime_s: float,
+        done: Callable[[Task], None],
+    ) -> None:
+        self._intake, self._store, self._metrics, self._done = intake, store, metrics, done
+        self._picture_lifetime_s = picture_lifetime_s
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pictures")
+        self._storing: dict[str, float] = {}  # since when, by claim
+        self._closing = threading.Event()
+
+    def send(self, claim: Claim, task: Task) -> None:
+        """Take over a task that is over; from any thread."""
+        self._pool.submit(self._deliver, claim, task)
+
+    def is_stuck(self, now: float) -> bool:
+        """Whether a picture has been on its way to the store for too long. `now`: monotonic seconds."""
+        return any(now - since > STUCK_S for since in list(self._storing.values()))
+
+    def close(self) -> None:
+        """Returns when all that was sent is delivered, or was tried once more: Redis may be away for long."""
+        self._closing.set()
+        self._pool.shutdown()
+
+    def _deliver(self, claim: Claim, task: Task) -> None:
+        outcome: str = "lost"
+        try:
+            outcome = self._commit(claim, task)
+        except Exception:
+            log.exception("could not commit", job=task.job.id)
+        finally:
+            self._done(task)
+            run_s = time.time() - claim.claimed_at
+            self._metrics.ended(task.job, outcome, run_s)
+            log.info("ended", job=task.job.id, outcome=outcome, run_s=round(run_s, 3))
+
+    def _commit(self, claim: Claim, task: Task) -> str:
+        """Try until Redis answers; what the commit did not accept is deleted again."""
+        outcome, result = self._result(claim, task)
+        while True:
+            for pause in RETRY_S:
+                try:
+                    if self._intake.commit(claim, outcome, result):
+                        return outcome
+                    self._forget(claim)
+                    return "canceled" if task.cancel_requested else "lost"
+                except QueueUnavailable as error:
+                    cause = str(error.__cause__)
+                    if self._closing.wait(pause):
+                        raise
+            log.warning("redis is away; still holding a finished job", job=claim.job.id, cause=cause)
+
+    def _result(self, claim: Claim, task: Task) -> tuple[Outcome, Result]:
+        if task.outcome != "succeeded":
+            return task.outcome or "failed", Result(failure=task.failure, timings=_rounded(task.seconds))
+        self._storing[claim.key] = time.monotonic()
+        try:
+            pictures = tuple(self._put_picture(claim, task, n) for n in range(task.job.num_images))
+        except Exception as error:
+            self._forget(claim)
+            return "failed", Result(failure=explain(task.job, error))
+        finally:
+            del self._storing[claim.key]
+        warnings = tuple(dict.fromkeys(w for rendering in task.renderings for w in rendering.warnings))
+        return "succeeded", Result(
+            pictures=pictures,
+            warnings=warnings,
+            timings=_rounded(task.seconds),
+            expires_at=time.time() + self._picture_lifetime_s,
+        )
+
+    def _put_picture(self, claim: Claim, task: Task, n: int) -> Picture:
+        """Encode and store picture `n` under this execution's own key, so that running twice harms nobody."""
+        job = task.job
+        started = time.perf_counter()
+        data = encode(task.renderings[n].pixels, job, n)
+        encoded = time.perf_counter()
+        key = picture_key(job.id, claim.execution, n, job.output.format)
+        self._put(key, data)
+        self._metrics.stage(job, "encode_image", encoded - started)
+        self._metrics.stage(job, "upload", time.perf_counter() - encoded)
+        return _picture(job, n, key, len(data))
+
+    def _put(self, key: str, data: bytes) -> None:
+        for pause in RETRY_S:
+            try:
+                return self._store.put(key, data)
+            except StoreUnavailable as error:
+                log.warning("the picture store is away; will try again", cause=str(error.__cause__))
+                time.sleep(pause)
+        self._store.put(key, data)
+
+    def _forget(self, claim: Claim) -> None:
+        try:
+            self._store.delete_prefix(f"{claim.job.id}/{claim.execution}/")
+        except StoreUnavailable as error:
+            log.warning("left pictures behind for the sweeper", job=claim.job.id, cause=str(error.__cause__))
+
+
+def _picture(job: Job, n: int, key: str, size: int) -> Picture:
+    params = job.params.nth(n)
+    return Picture(
+        key=key, seed=params.seed, width=params.width, height=params.height, format=job.output.format, bytes=size
+    )
+
+
+def _rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {stage: round(value, 4) for stage, value in seconds.items()}
