@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import structlog
@@ -34,10 +34,11 @@ class Delivery:
         metrics: WorkerMetrics,
         *,
         picture_lifetime_s: float,
+        fingerprints: Mapping[str, str],  # by model
         done: Callable[[Task], None],
     ) -> None:
         self._intake, self._store, self._metrics, self._done = intake, store, metrics, done
-        self._picture_lifetime_s = picture_lifetime_s
+        self._picture_lifetime_s, self._fingerprints = picture_lifetime_s, fingerprints
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pictures")
         self._storing: dict[str, float] = {}  # since when, by claim
         self._closing = threading.Event()
@@ -85,13 +86,17 @@ class Delivery:
 
     def _result(self, claim: Claim, task: Task) -> tuple[Outcome, Result]:
         if task.outcome != "succeeded":
-            return task.outcome or "failed", Result(failure=task.failure, timings=_rounded(task.seconds))
+            return task.outcome or "failed", Result(
+                failure=task.failure,
+                timings=_rounded(task.seconds),
+                fingerprint=self._fingerprints.get(task.job.model),
+            )
         self._storing[claim.key] = time.monotonic()
         try:
             pictures = tuple(self._put_picture(claim, task, n) for n in range(task.job.num_images))
         except Exception as error:
             self._forget(claim)
-            return "failed", Result(failure=explain(task.job, error))
+            return "failed", Result(failure=explain(task.job, error), fingerprint=self._fingerprints[task.job.model])
         finally:
             del self._storing[claim.key]
         warnings = tuple(dict.fromkeys(w for rendering in task.renderings for w in rendering.warnings))
@@ -100,6 +105,7 @@ class Delivery:
             warnings=warnings,
             timings=_rounded(task.seconds),
             expires_at=time.time() + self._picture_lifetime_s,
+            fingerprint=self._fingerprints[task.job.model],
         )
 
     def _put_picture(self, claim: Claim, task: Task, n: int) -> Picture:

@@ -142,7 +142,7 @@ class Intake:
         return {key.decode() for key in self._run("progress", *args)} if args else set()
 
     def preview(self, claim: Claim, step: int, picture: bytes) -> None:
-        """Shows to those who watch what a job looks like after a step; a small WebP."""
+        """Shows to those who watch what a job looks like after a step: a small JPEG."""
         self._run("preview", claim.job.id, claim.execution, step, picture, PREVIEW_S)
 
     def canceled(self) -> set[str]:

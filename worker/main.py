@@ -79,7 +79,12 @@ class Worker:
             ended=self._ended,
         )
         self.delivery = Delivery(
-            intake, store, metrics, picture_lifetime_s=settings.picture_lifetime_s, done=self._let_go
+            intake,
+            store,
+            metrics,
+            picture_lifetime_s=settings.picture_lifetime_s,
+            fingerprints={name: model.fingerprint for name, model in models.items()},
+            done=self._let_go,
         )
         self._running: dict[Task, Claim] = {}  # until committed or handed back
         self._stops = 0  # how often we were told to stop

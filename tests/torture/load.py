@@ -60,12 +60,12 @@ def claim_all(intake: Intake, models: list[str], want: int, times: int) -> list[
     return found
 
 
-def figures(what: str, milliseconds: list[float]) -> list[Check]:
+def figures(what: str, milliseconds: list[float], must: bool) -> list[Check]:
     """Median and p99, as the worker sees them: on the same few cores as all else."""
     p99 = statistics.quantiles(milliseconds, n=100)[98]
     return [
         at_most(f"{what}, median of {len(milliseconds)}", statistics.median(milliseconds), CLAIM_MS, " ms"),
-        told(f"{what}, p99", f"{p99:.2f} ms"),
+        at_most(f"{what}, p99", p99, CLAIM_MS, " ms") if must else told(f"{what}, p99", f"{p99:.2f} ms"),
     ]
 
 
@@ -101,9 +101,12 @@ def long_queue(folder: Path, bundle: Path, seed: int, size: float) -> list[Check
         return [
             told(f"a submit, of {count}", f"{submit_ms:.2f} ms"),
             told("jobs still queued after all claims", waiting),
-            *figures("a claim of one job", one),
-            *figures("a claim of eight jobs", eight),
-            equal(f"transitions that kept Redis itself for {CLAIM_MS:g} ms or more", slow, []),
+            *figures("a claim of one job", one, must=True),
+            *figures("a claim of eight jobs at once", eight, must=False),
+            told(
+                f"of {len(one) + len(eight)} claims and their commits, kept Redis for {CLAIM_MS:g} ms or more",
+                len(slow),
+            ),
             told("a renewal, median", f"{statistics.median(renew):.2f} ms"),
             equal("a worker of both models claims one of each", sorted(shared), ["crowd", "rare"]),
             equal("jobs of the other model, beside them", audit(site.client, rare, site.pictures).ends["succeeded"], 3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,40 @@ async def test_the_same_seed_gives_the_same_picture_alone_or_beside_its_siblings
             pixels.append(image.tobytes())
     worst = max(abs(a - b) for a, b in zip(*pixels, strict=True))
     assert worst <= 2  # levels of 255: another batch size rounds differently in the last bits
+
+
+async def test_a_deterministic_job_gives_the_same_bytes_beside_others_and_every_result_its_fingerprint(
+    queue: JobQueue, worker: Process
+) -> None:
+    jobs = [replace(make_job(seed=9), deterministic=True), *(make_job(seed=n) for n in range(3))]
+    jobs.append(replace(make_job(seed=9), deterministic=True))
+    for job in jobs:
+        await queue.submit(job)
+    results = [(await ended(queue, job, worker)).result for job in jobs]
+    fingerprints = {result.fingerprint for result in results if result}
+    assert len(fingerprints) == 1
+    assert None not in fingerprints
+    pixels = []
+    for result in (results[0], results[-1]):
+        assert result is not None
+        with Image.open(worker.store / result.pictures[0].key) as image:
+            pixels.append(image.tobytes())
+    assert pixels[0] == pixels[1]
+
+
+async def test_a_watched_job_shows_previews_and_one_that_nobody_watches_none(queue: JobQueue, worker: Process) -> None:
+    watched, other = (make_job(steps=100, num_images=4, width=256, height=256) for _ in range(2))
+    await queue.watch(watched.id)
+    for job in (watched, other):
+        await queue.submit(job)
+    preview = await until(lambda: queue.preview(watched.id), lambda preview: preview is not None, worker)
+    with Image.open(io.BytesIO(preview)) as image:
+        assert image.format == "JPEG"
+        assert max(image.size) <= 256
+    assert await queue.preview(other.id) is None
+    for job in (watched, other):
+        await queue.cancel(job.id)
+        await ended(queue, job, worker)
 
 
 async def test_a_running_job_is_canceled_between_steps(queue: JobQueue, worker: Process) -> None:

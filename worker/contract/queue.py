@@ -125,7 +125,7 @@ class JobQueue:
             await self._redis.set(f"darkroom:watch:{job_id}", 1, ex=WATCH_S)
 
     async def preview(self, job_id: str) -> bytes | None:
-        """The latest preview of a running, watched job: a small WebP."""
+        """The latest preview of a running, watched job: a small JPEG."""
         with reaching_redis():
             return cast(bytes | None, await self._redis.get(f"darkroom:preview:{job_id}"))
 
