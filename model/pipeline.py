@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class Pipeline:
         self.mmdit, self.vae, self.text = mmdit, vae, text
         self.shift, self.t5_length = shift, t5_length
         self.lookups = Lookups()
+        self.largest = (0, 0)  # width and height in pixels of the largest picture that was finished
         if self.device.type == "cpu":
             _channels_last(self.vae)  # 1.5 times as fast there; slower on CUDA
         self._preview_map = preview_map  # None: fitted to the VAE when it is first needed
@@ -134,7 +136,10 @@ class Pipeline:
     def _decode_one(self, x: Tensor) -> Tensor | NonFiniteLatents:
         if not torch.isfinite(x).all():
             return NonFiniteLatents("the latents became NaN or infinite; a lower guidance_scale may help")
-        return self.vae.to_pixels(x[None])[0].cpu()
+        pixels = self.vae.to_pixels(x[None])[0].cpu()
+        height, width = pixels.shape[:2]
+        self.largest = max(self.largest, (width, height), key=math.prod)
+        return pixels
 
 
 @contextmanager

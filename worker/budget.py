@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Final
 
-from worker.contract.job import Job
 from worker.forecast import Kind
 from worker.scheduler import Room
 
@@ -43,7 +42,6 @@ class Budget:
         self.max_rows, self.tokens = max_rows, tokens  # tokens by model
         self._caps: dict[Kind, Cap] = {}
         self._usual: dict[str, float] = {}  # tokens of one step of a job, by model
-        self._largest: dict[str, tuple[int, int]] = {}  # pixels of the largest picture that was finished, by model
 
     def room(self, kind: Kind) -> Room:
         """What a batch of this kind may hold."""
@@ -79,23 +77,3 @@ class Budget:
             cap.ran += 1
             if cap.ran >= RECOVERY:
                 self._caps[kind] = Cap(cap.rows + 1)
-
-    def finished(self, job: Job) -> None:
-        """All pictures of a job were made."""
-        size = job.params.width, job.params.height
-        if _area(size) > _area(self._largest.get(job.model, (0, 0))):
-            self._largest[job.model] = size
-
-    def advice(self, job: Job) -> str:
-        """What would fit, for the owner of a job that did not."""
-        size = job.params.width, job.params.height
-        largest = self._largest.get(job.model)
-        if largest is None:
-            return "try a smaller picture"
-        if _area(largest) >= _area(size):
-            return f"{largest[0]}x{largest[1]} did fit before, beside less other work: try again, or a smaller picture"
-        return f"the largest picture that did fit so far is {largest[0]}x{largest[1]}"
-
-
-def _area(size: tuple[int, int]) -> int:
-    return size[0] * size[1]

@@ -251,10 +251,9 @@ class Engine:
             renderings = [child.rendering for child in task.children if child.rendering]
             if len(renderings) == len(task.children):
                 task.renderings = renderings
-                self.budget.finished(task.job)
                 self._end(task, "succeeded")
         except Exception as error:
-            self._end(task, "failed", explain(task.job, error, self.budget.advice(task.job)))
+            self._end(task, "failed", explain(task.job, error, self.pipelines[task.job.model].largest))
             error.with_traceback(None)  # whose frames hold tensors
 
     def _show(self, tasks: Iterable[Task]) -> None:

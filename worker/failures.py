@@ -23,19 +23,27 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATIONS)
 
 
-def explain(job: Job, error: Exception, advice: str = "try a smaller picture") -> Failure:
+def explain(job: Job, error: Exception, largest: tuple[int, int] = (0, 0)) -> Failure:
     """The failure of an error, in words that give nothing away; the log gets the rest.
 
-    advice : what would have fitted into memory
+    largest : width and height of the largest picture that did fit into memory so far
     """
     if isinstance(error, NonFiniteLatents):
         return Failure(code="non_finite", message=str(error))
     if isinstance(error, StoreUnavailable):
         return Failure(code=error.code, message=str(error))
     if isinstance(error, torch.OutOfMemoryError):
-        size = f"{job.params.width}x{job.params.height}"
-        return Failure(code="out_of_memory", message=f"{size} does not fit this worker's GPU memory; {advice}")
+        return Failure(code="out_of_memory", message=_too_large(job, *largest))
     log.error("job failed", job=job.id, exc_info=error)
     return Failure(
         code="internal_error", message=f"the worker failed on this job; its log has the details under {job.id}"
     )
+
+
+def _too_large(job: Job, width: int, height: int) -> str:
+    asked = f"{job.params.width}x{job.params.height} does not fit this worker's GPU memory"
+    if not width:
+        return f"{asked}; try a smaller picture"
+    if width * height >= job.params.width * job.params.height:
+        return f"{asked} now; {width}x{height} did fit beside less other work: try again, or a smaller picture"
+    return f"{asked}; the largest picture that did fit so far is {width}x{height}"

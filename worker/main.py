@@ -77,6 +77,7 @@ class Worker:
             settings=settings,
             metrics=metrics,
             ended=self._ended,
+            paces={name: model.pace for name, model in models.items()},
         )
         self.delivery = Delivery(
             intake,
@@ -172,7 +173,7 @@ class Worker:
         room = min(self.engine.room(), self.settings.max_jobs - len(self._running))
         if room < 1 or not self._is_well():
             return
-        for claim in self.intake.claim(list(self.models), room):
+        for claim in self.intake.claim([model for model in self.models if self.engine.room(model)], room):
             self.metrics.claimed(claim.job, claim.queued_s)
             log.info("claimed", job=claim.job.id, model=claim.job.model, queued_s=round(claim.queued_s, 3))
             task = Task(claim.job)
@@ -222,10 +223,10 @@ class Worker:
             self.intake.hand_back(claims.values())
         except QueueUnavailable as error:
             log.warning("redis is away; the jobs go back when the lease lapses", cause=str(error.__cause__))
+        self.engine.withdraw([claim.job.id for claim in claims.values()])
         for task, claim in claims.items():
             log.info("handed back", job=claim.job.id)
             self._running.pop(task, None)
-            task.cancel()
 
     def _ended(self, task: Task) -> None:
         """Called on the GPU thread when a task is over: the rest happens off it."""

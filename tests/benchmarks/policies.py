@@ -11,13 +11,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from model.pipeline import Pipeline, image_tokens
+from model.pipeline import Pipeline
 from tests.benchmarks.workload import Arrival, Request
 from worker.engine import Engine, Task
 from worker.metrics import WorkerMetrics
 from worker.settings import WorkerSettings
-
-CLIP_LENGTH = 77
 
 Admit = Callable[[Sequence[Task], int, Engine], list[Task]]
 """Of the tasks that wait, first come first: those that the engine gets now. The number: how many it holds."""
@@ -48,7 +46,7 @@ def request_batching(waiting: Sequence[Task], holding: int, engine: Engine) -> l
     first = waiting[0]
     equal = [task for task in waiting if shape(task) == shape(first)]
     room = engine.budget.room(first.kind("denoise"))
-    return equal[: max(1, min(room.rows // first.rows, room.tokens // tokens(first, engine)))]
+    return equal[: max(1, min(room.rows // first.rows, room.tokens // first.tokens(engine.pipelines[first.job.model].t5_length)))]
 
 
 def continuous(waiting: Sequence[Task], holding: int, engine: Engine) -> list[Task]:
@@ -76,13 +74,6 @@ def shape(task: Task) -> tuple[object, ...]:
     """What a batch of requests must have in common: all but prompt and seed."""
     params = task.job.params
     return task.job.model, params.width, params.height, params.steps, params.guidance_scale, params.sampler
-
-
-def tokens(task: Task, engine: Engine) -> int:
-    """Joint tokens of its step."""
-    params = task.job.params
-    text = CLIP_LENGTH + engine.pipelines[task.job.model].t5_length
-    return task.rows * (image_tokens(params.width, params.height) + text)
 
 
 def drive(

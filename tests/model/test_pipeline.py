@@ -125,6 +125,13 @@ def test_bad_latents_of_one_picture_are_its_own_error(pipeline: Pipeline) -> Non
     assert isinstance(error, NonFiniteLatents)
 
 
+def test_pipeline_remembers_the_largest_picture_that_it_finished(components: Components) -> None:
+    fresh = Pipeline(components.mmdit, components.vae, components.text)
+    for width, height in ((64, 32), (96, 64), (64, 64)):
+        fresh.run([Decode(latents) for latents in fresh.run([Begin(1, width, height)])])
+    assert fresh.largest == (96, 64)
+
+
 def test_work_of_one_size_shares_a_key_whatever_its_sigma_and_guidance(pipeline: Pipeline) -> None:
     text, negative = pipeline.text.encode(["a", "b"], 77)
     first, second = pipeline.run([Begin(seed, 64, 64) for seed in (1, 2)])

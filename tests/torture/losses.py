@@ -23,7 +23,7 @@ from tests.worker.jobs import make_job
 from worker.contract.job import Job
 
 REQUEUED_S, RERUN_S, PAUSE_S = 10.0, 15.0, 30.0
-PATIENCE_S = 420.0  # for all jobs of a scenario to end
+PATIENCE_S = 600.0  # for all jobs of a scenario to end
 WAVE = 50  # jobs
 HOSTILE = ("-m", "tests.torture.hostile")
 
@@ -123,7 +123,7 @@ def kill_and_term(folder: Path, bundle: Path, seed: int, size: float) -> list[Ch
                     site.start_crew()
                     terms += 1
                     break
-        site.drained(deadline - time.monotonic())
+        site.drained(max(60.0, deadline - time.monotonic()))
         found_books = audit(site.client, jobs, site.pictures)
         return [
             equal("kill -9 and SIGTERM done", (len(injuries), terms), (each, each)),
@@ -154,7 +154,7 @@ def kill_supervisor(folder: Path, bundle: Path, seed: int, size: float) -> list[
             site.crews.remove(crew)
             crew.kill()
             site.wait_serving(site.start_crew())
-        site.drained(deadline - time.monotonic())
+        site.drained(max(60.0, deadline - time.monotonic()))
         return [
             equal("supervisors killed", len(injuries), times),
             *books(audit(site.client, jobs, site.pictures), jobs),
@@ -184,7 +184,7 @@ def stop_and_continue(folder: Path, bundle: Path, seed: int, size: float) -> lis
             stopped += in_time(lambda name=name: site.client.zscore("darkroom:leases", name) is None, 20)
             time.sleep(chance.uniform(0, 1.0))
             os.kill(pid, signal.SIGCONT)
-        site.drained(deadline - time.monotonic())
+        site.drained(max(60.0, deadline - time.monotonic()))
         late = sum(crew.text().count('"outcome": "lost"') for crew in site.crews)
         return [
             equal("workers that lost their lease", stopped, times),

@@ -87,6 +87,7 @@ class Site:
         self.client = redis.Redis.from_url(self.valkey.url, socket_timeout=10)
         self.models = [entry.partition("=")[0] for entry in models.split(",")]
         self.crews: list[Crew] = []
+        self._started = 0
         self.gateway: Process | None = None
         self.url = ""
         self._env = {
@@ -116,7 +117,8 @@ class Site:
 
     def start_crew(self, **env: str) -> Crew:
         """Another supervisor with a worker."""
-        log = self.folder / f"crew-{len(self.crews)}.log"
+        self._started += 1
+        log = self.folder / f"crew-{self._started}.log"
         self.crews.append(Crew([sys.executable, *self._crew], self._env | env, log))
         return self.crews[-1]
 

@@ -40,6 +40,7 @@ class FakePipeline:
         self.batches: list[list[Work]] = []
         self.max_rows: list[int | None] = []
         self.lookups = Lookups()
+        self.largest = (0, 0)
         self.fault = fault
         self.clock = Clock()
         self.seconds = {"text_encode": 0.05, "noise": 0.001, "denoise": 0.1, "vae_decode": 0.05}
@@ -67,6 +68,7 @@ class FakePipeline:
             case Denoise():
                 return None
             case Decode():
+                self.largest = max(self.largest, (8 * work.shape[1], 8 * work.shape[0]))
                 return torch.zeros(8, 8, 3, dtype=torch.uint8)
 
     def noted(self, tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from model.work import Decode, Denoise, Encode, Work
 from tests.worker.fake_pipeline import Bench, FakePipeline
 from tests.worker.jobs import make_job
 from worker.budget import RECOVERY, Budget
+from worker.failures import explain
 from worker.forecast import Kind
 
 STEP = Kind("tiny", "denoise", (8, 8))
@@ -179,15 +180,17 @@ def test_a_budget_never_holds_less_than_a_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("finished", "says"),
+    ("largest", "says"),
     [
-        ([], "try a smaller picture"),
-        ([(64, 64), (128, 64), (64, 64)], "the largest picture that did fit so far is 128x64"),
-        ([(256, 256)], "256x256 did fit before, beside less other work: try again, or a smaller picture"),
+        ((0, 0), "256x128 does not fit this worker's GPU memory; try a smaller picture"),
+        ((128, 64), "256x128 does not fit this worker's GPU memory; the largest picture that did fit so far is 128x64"),
+        (
+            (256, 256),
+            "256x128 does not fit this worker's GPU memory now; 256x256 did fit beside less other work: "
+            "try again, or a smaller picture",
+        ),
     ],
 )
-def test_advice_names_the_largest_picture_that_was_finished(finished: list[tuple[int, int]], says: str) -> None:
-    one = budget()
-    for width, height in finished:
-        one.finished(make_job(width=width, height=height))
-    assert one.advice(make_job(width=256, height=128)) == says
+def test_the_owner_of_a_picture_that_is_too_large_is_told_what_did_fit(largest: tuple[int, int], says: str) -> None:
+    failure = explain(make_job(width=256, height=128), torch.OutOfMemoryError("CUDA out of memory"), largest)
+    assert failure.message == says
