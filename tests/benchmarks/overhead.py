@@ -122,13 +122,7 @@ def where(bench: Bench) -> tuple[tuple[str, float], ...]:
         for caller, times in entry[4].items():
             if caller == step:
                 found[name] = found.get(name, 0.0) + times[3]
-    run = next((key for key in stats if key[2] == "_attempt" and key[0].endswith("engine.py")), None)
-    inside = sum(
-        times[3]
-        for key, entry in stats.items()
-        for caller, times in entry[4].items()
-        if caller == run and (key[0].endswith("pipeline.py") or key[2] in ("run", "_settle"))
-    )
+    inside = sum(entry[3] for key, entry in stats.items() if key[2] == "run" and key[0].endswith("model/pipeline.py"))
     if "_run" in found:
         found["_run, without the pipelines"] = max(0.0, found.pop("_run") - inside)
     ranked = sorted(found.items(), key=lambda item: -item[1])

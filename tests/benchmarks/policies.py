@@ -46,14 +46,16 @@ def request_batching(waiting: Sequence[Task], holding: int, engine: Engine) -> l
     first = waiting[0]
     equal = [task for task in waiting if shape(task) == shape(first)]
     room = engine.budget.room(first.kind("denoise"))
-    return equal[: max(1, min(room.rows // first.rows, room.tokens // first.tokens(engine.pipelines[first.job.model].t5_length)))]
+    tokens = first.tokens(engine.pipelines[first.job.model].t5_length)
+    return equal[: max(1, min(room.rows // first.rows, room.tokens // tokens))]
 
 
 def continuous(waiting: Sequence[Task], holding: int, engine: Engine) -> list[Task]:
-    """As a worker claims: one of each model in turn, as many as the engine has room for."""
+    """As a worker claims: one of each model in turn that has room, as many as the engine has room for."""
     by_model: dict[str, deque[Task]] = {}
     for task in waiting:
-        by_model.setdefault(task.job.model, deque()).append(task)
+        if task.job.model in by_model or engine.room(task.job.model):
+            by_model.setdefault(task.job.model, deque()).append(task)
     queues, chosen, room = deque(by_model.values()), [], engine.room()
     while queues and len(chosen) < room:
         queue = queues.popleft()

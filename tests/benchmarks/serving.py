@@ -216,7 +216,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--models", default=models.TINY, help="`tiny`, variants (with --random-weights), or name=path")
     parser.add_argument("--random-weights", action="store_true", help="full size on a GPU; toy size elsewhere")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--sides", default="", help="two sides in pixels; default 512,1024 on a GPU, 128,256 elsewhere")
+    parser.add_argument("--sides", default="", help="two sides in pixels; default 512,1024 on a GPU, 64,128 elsewhere")
     parser.add_argument("--loads", default="0.5,0.8,0.95", help="shares of the engine's capacity")
     parser.add_argument("--jobs", type=int, default=0, help="requests a cell; default: what fits into --minutes")
     parser.add_argument("--minutes", type=float, default=4.0, help="for the grid alone")
@@ -242,7 +242,7 @@ def main() -> int:
     else:
         pipelines = models.loaded([ModelSource.parse(entry) for entry in entries], settings)
     device = next(iter(pipelines.values())).device
-    small, large = map(int, (chosen.sides or ("512,1024" if device.type == "cuda" else "128,256")).split(","))
+    small, large = map(int, (chosen.sides or ("512,1024" if device.type == "cuda" else "64,128")).split(","))
     bench, mix = Bench(pipelines, settings, chosen.seed), models.mix_of(names, (small, large))
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     title = f"{what}, {os.cpu_count()} cores, torch {torch.__version__}; models {', '.join(names)}; seed {chosen.seed}"
