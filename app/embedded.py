@@ -171,7 +171,7 @@ def _config(folder: Path, port: int, password: str) -> str:
             f"port {port}",
             f'dir "{quoted}"',
             "appendonly yes",
-            "appendfsync everysec",
+            "appendfsync always",
             'save ""',
             "maxmemory-policy noeviction",
             f"requirepass {password}",

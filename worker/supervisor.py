@@ -114,7 +114,11 @@ class Supervisor:
                 taken = intake.bury(self._dead[0], self.death_limit)
             except QueueUnavailable:
                 return
-            log.info("took back its jobs", worker=self._dead.pop(0), jobs=taken)
+            dead = self._dead.pop(0)
+            log.info("took back its jobs", worker=dead, jobs=taken)
+            for slot in self.slots:
+                if slot.name == dead and taken:  # it could start, and it did work: there is nothing to wait for
+                    slot.deaths, slot.restart_at = 0, 0.0
 
     def _on_signal(self, _signum: int, _frame: object) -> None:
         self._signals += 1
