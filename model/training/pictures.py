@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from random import Random
@@ -27,16 +28,16 @@ class SourceError(ValueError):
     """Pictures or captions that cannot be trained on: says which file and what is wrong."""
 
 
-class Painted:
+class Painted(ABC):
     """What a folder and a function share: their pictures are read as pixels, already of the frame's size."""
 
     def chunk(self, frame: Frame) -> int:
         """As many as make about four million pixels."""
         return max(1, min(64, CHUNK_PIXELS // frame.pixels))
 
+    @abstractmethod
     def picture(self, seed: int) -> tuple[Image.Image, str]:
         """One picture and its caption."""
-        raise NotImplementedError
 
     def read(self, seeds: Sequence[int], frame: Frame) -> tuple[np.ndarray, list[str]]:
         """Pixels, 8-bit RGB: shape = (seeds, height, width, 3)."""
