@@ -140,7 +140,6 @@ class Run:
         self.random = random.Random(settings.seed)
         self.peak, self.step_count, self.pictures = settings.peak, 0, 0
         self.optimizers = self._new_optimizers()
-        self.safe: list[Tensor] | None = None  # average and weights when the loss was last a number
         self.last_loss, self.validated = float("nan"), 0.0
         reader = net.reader()
         self.dropout = Dropout(reader, settings.dropout, self.device)
@@ -170,10 +169,10 @@ class Run:
         try:
             self._loop()
         except Exception as problem:
-            if self.safe is None:
+            if not self.average.kept:
                 raise
             self.log.say(f"stopped early: {type(problem).__name__}: {str(problem)[:600]}")
-            self._go_back()
+            self.average.go_back()
         finally:
             self.feed.close()
         return self._figures(self.last_loss)
@@ -205,19 +204,14 @@ class Run:
         self.log.row(step=self.step_count, pictures=self.pictures, per_s=rate, loss=loss, lr=lr)
         if finite([loss]):
             self.last_loss = loss
-            self.safe = [v.detach().clone() for v in (*self.average.values, *self.average.live)]
+            self.average.keep()
             return
-        if self.safe is None:
+        if not self.average.kept:
             raise FloatingPointError(f"the loss is {loss} after {self.step_count} steps: lower the learning rate")
         self.peak /= 2
         self.log.say(f"the loss is {loss}: back to the last good weights with half the learning rate")
-        self._go_back()
+        self.average.go_back()
         self.optimizers = self._new_optimizers()
-
-    @torch.no_grad()
-    def _go_back(self) -> None:
-        for target, kept in zip((*self.average.values, *self.average.live), self.safe or (), strict=True):
-            target.copy_(kept)
 
     def validate(self) -> dict[str, float]:
         """Held-out losses of the averaged weights at the phase's first size, logged."""

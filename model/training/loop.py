@@ -73,6 +73,17 @@ class Average:
         self.live: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         self.names = [name for name, p in module.named_parameters() if p.requires_grad]
         self.values = [p.detach().clone() for p in self.live]
+        self.kept: list[Tensor] = []  # average and weights when the loss was last a number
+
+    def keep(self) -> None:
+        """Remember the average and the weights."""
+        self.kept = [v.detach().clone() for v in (*self.values, *self.live)]
+
+    @torch.no_grad()
+    def go_back(self) -> None:
+        """To what was kept last."""
+        for target, kept in zip((*self.values, *self.live), self.kept, strict=True):
+            target.copy_(kept)
 
     @torch.no_grad()
     def update(self) -> None:
