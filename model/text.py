@@ -21,6 +21,9 @@ CLIP_LENGTH = 77
 T5_LENGTH = 256
 """Tokens of T5 by default. Pads are attended, so another length gives another picture."""
 
+MAX_QUOTED = 120
+"""Characters of a cut prompt that a warning repeats."""
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -28,6 +31,7 @@ class Tokens:
 
     ids: list[int]
     cut: int  # tokens of the prompt that did not fit
+    unread: str = ""  # the words of the prompt that they stand for
 
 
 class Tokenizer:
@@ -38,11 +42,13 @@ class Tokenizer:
 
     def __call__(self, prompt: str, length: int) -> Tokens:
         """Exactly `length` ids: cut before the end token, or padded after it."""
-        ids: list[int] = self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"]
-        cut = max(0, len(ids) - length)
-        if cut:
-            ids = [*ids[: length - 1], self.eos_id]
-        return Tokens(ids + [self.pad_id] * (length - len(ids)), cut)
+        encoded = self.tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=self.tokenizer.is_fast)
+        ids: list[int] = encoded["input_ids"]
+        if len(ids) <= length:
+            return Tokens(ids + [self.pad_id] * (length - len(ids)), 0)
+        kept = length - 1  # and the end token, whose place in the prompt is nowhere
+        unread = prompt[encoded["offset_mapping"][kept][0] :] if self.tokenizer.is_fast else ""
+        return Tokens([*ids[:kept], self.eos_id], len(ids) - length, unread)
 
 
 class TextEncoders:
@@ -88,7 +94,7 @@ class TextEncoders:
         context = torch.cat([clip, sequence_t5.to(clip.dtype)], dim=1)
         pooled = torch.cat([pooled_l, pooled_g], dim=-1)
         warnings = [
-            _warnings({"CLIP": max(lg.cut, g.cut), "T5": t5.cut if t5 else None})
+            _warnings({"CLIP": max(lg, g, key=lambda tokens: tokens.cut), "T5": t5})
             for lg, g, t5 in zip(tokens_l, tokens_g, tokens_t5, strict=True)
         ]
         # Clones: a text that is kept must not hold the memory of its whole batch.
@@ -123,8 +129,17 @@ def _positions(config: Any) -> int:
     return int(config.max_position_embeddings)
 
 
-def _warnings(cuts: dict[str, int | None]) -> tuple[str, ...]:
-    """One sentence, only if no encoder saw the end of the prompt or one of them missed it."""
+def _warnings(read: dict[str, Tokens | None]) -> tuple[str, ...]:
+    """A sentence for each encoder that missed the end of the prompt, with the words that it missed."""
     return tuple(
-        f"the prompt was cut for {name}: its last {cut} tokens were not read" for name, cut in cuts.items() if cut
+        f"the prompt was cut for {name}: its last {tokens.cut} tokens were not read{_quoted(tokens.unread)}"
+        for name, tokens in read.items()
+        if tokens and tokens.cut
     )
+
+
+def _quoted(words: str) -> str:
+    if not words:
+        return ""
+    shown = words if len(words) <= MAX_QUOTED else f"{words[:MAX_QUOTED].rstrip()}..."
+    return f': "{shown}"'

@@ -76,6 +76,15 @@ def test_cut_prompt_is_warned_about_for_each_encoder_that_missed_its_end(compone
     assert components.text.encode(["a red cat"])[0].warnings == ()
 
 
+def test_warning_of_a_cut_prompt_quotes_the_words_that_were_not_read(components: Components) -> None:
+    prompt = f"{LONG} and the very end"
+    (text,) = components.text.encode([prompt])
+    for warning in text.warnings:
+        quoted = warning.partition('"')[2].removesuffix('"').removesuffix("...")
+        assert quoted
+        assert quoted in prompt[20:]
+
+
 def test_prompt_gives_the_same_text_alone_and_in_a_batch(components: Components) -> None:
     together, _ = ours(components, PROMPTS)
     alone, _ = ours(components, PROMPTS[:1])
