@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +42,14 @@ class PreviewMap:
         shrink = math.ceil(max(latents.shape[-2:]) / LONGER_SIDE)
         if shrink > 1:
             latents = F.avg_pool2d(latents[None], shrink, ceil_mode=True)[0]
-        rgb = latents.float().movedim(0, -1) @ self.matrix + self.bias
-        return rgb.nan_to_num(0.0).mul(255).round().clamp(0, 255).to(torch.uint8).cpu()
+        matrix, bias = self._eight_bit
+        rgb = torch.addmm(bias, latents.flatten(1).T.float(), matrix).nan_to_num_(0.0).clamp_(0, 255)
+        return rgb.to(torch.uint8).cpu().unflatten(0, latents.shape[1:])
+
+    @cached_property
+    def _eight_bit(self) -> tuple[Tensor, Tensor]:
+        """The map to 0 … 255, half a step up since conversion cuts: few kernels, while the next step waits."""
+        return 255 * self.matrix, 255 * self.bias + 0.5
 
 
 def published() -> PreviewMap:

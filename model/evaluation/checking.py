@@ -19,6 +19,8 @@ from model.training.scenes import DATA_VERSION, SHAPES, STYLES, Scene, sample_sc
 from model.training.sources import Frame
 from model.vae import VAE
 
+AHEAD = 4  # batches painted at once on a GPU: painting many pictures takes the CPU hardly longer than painting few
+
 NEAR = 0.15
 """A place is right if both coordinates are off by no more, in halves of the picture's sides."""
 
@@ -85,17 +87,19 @@ class _Run:
         long = round(1.5 * settings.side / 16) * 16
         self.frames = [Frame(settings.side, settings.side)] * 3
         self.frames += [Frame(settings.side, long), Frame(long, settings.side)]
+        self.painted = 0
 
     def loop(self) -> int:
         """Steps until the clock ends; returns the number of pictures."""
         clock, log = self.leg.clock, self.leg.log
         step, since, losses = 0, 0.0, []
         while step == 0 or clock.left > 0:
-            losses.append(self.step(step))
-            step += 1
-            if step == 3:
-                losses[-1].sum().item()  # waits for the device
-                clock.run()
+            for pixels, labels in self.lessons():
+                losses.append(self.step(pixels, labels, step))
+                step += 1
+                if step == 3:
+                    losses[-1].sum().item()  # waits for the device
+                    clock.run()
             if step >= 3 and clock.elapsed - since > 10:
                 figures = torch.stack(losses).mean(0).tolist()  # waits for the device
                 if not finite(figures):
@@ -104,13 +108,20 @@ class _Run:
                 since, losses = clock.elapsed, []
         return step * self.settings.batch
 
-    def step(self, step: int) -> Tensor:
+    def lessons(self) -> list[tuple[Tensor, Labels]]:
+        """The next batches, of one frame, painted together."""
+        frame, ahead = self.frames[self.painted % len(self.frames)], AHEAD if self.leg.on_gpu else 1
+        self.painted += 1
+        batch = self.settings.batch
+        pixels, labels = self.painter.paint(self.feed.take(ahead * batch, frame), frame)
+        parts = [slice(n * batch, (n + 1) * batch) for n in range(ahead)]
+        return [(pixels[part], labels.rows(part)) for part in parts]
+
+    def step(self, pixels: Tensor, labels: Labels, step: int) -> Tensor:
         """One optimizer step; returns the losses, still on the device."""
         s, clock = self.settings, self.leg.clock
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(s.peak, clock.fraction, step, 100)
-        frame = self.frames[step % len(self.frames)]
-        pixels, labels = self.painter.paint(self.feed.take(s.batch, frame), frame)
         with self.leg.autocast():
             answer = self.checker(pixels.contiguous(memory_format=torch.channels_last))
         losses = checker_losses(answer, labels)

@@ -62,6 +62,10 @@ class Labels:
         picture = numbers[:, MAX_THINGS * _THING :].long().unbind(1)
         return cls(things[0].long(), things[1].long(), *things[2:], *picture)
 
+    def rows(self, some: slice) -> Labels:
+        """Of some of the pictures."""
+        return Labels(**{name: value[some] for name, value in vars(self).items()})
+
     @property
     def there(self) -> Tensor:
         """Which things there are."""

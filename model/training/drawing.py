@@ -24,8 +24,9 @@ from model.training.styles import TEXTURE, Figures, Sheet, Style
 __all__ = ["WIDTH", "View", "draw", "pack"]
 
 MAX_THINGS = 3
-PIXELS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 23}
-"""Pictures are painted in groups of at most so many pixels: on a GPU about 2 GB of temporaries."""
+PIXELS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}
+"""Pictures are painted in groups of at most so many pixels. On a GPU, where a group takes 50 ms of launching kernels
+however large it is, they make about 4 GB of temporaries."""
 
 ACCENTS = 2  # colours of a thing besides its main one
 _THING = 5 + 3 * (1 + ACCENTS)  # shape, x, y, radius, turn, colours

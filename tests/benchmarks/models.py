@@ -53,10 +53,10 @@ def random_pipelines(names: Sequence[str], settings: WorkerSettings) -> dict[str
     return {name: Pipeline(net, vae, text, t5_length=length) for name, net in nets.items()}
 
 
-def mix_of(names: Sequence[str], sides: tuple[int, int]) -> list[Request]:
+def mix_of(names: Sequence[str], sides: tuple[int, int], most_steps: int) -> list[Request]:
     """Short and long requests, small and large, for these models.
 
-    Of published variants each asks for its own steps; any other gets 4 steps, and a third as often 28.
+    Of published variants each asks for its own steps, at most `most_steps`; any other gets 4, and a third as often 28.
     """
     small, large = sides
     found = []
@@ -73,7 +73,7 @@ def mix_of(names: Sequence[str], sides: tuple[int, int]) -> list[Request]:
             many = 1.0 if spec.steps < 10 else 0.25  # few long ones, so that a run ends
             pair = [(small, 0.6 * many), (large, 0.4 * many)]
             found += [
-                Request(name, side, spec.steps, spec.guidance_scale, weight, short=spec.steps < 10)
+                Request(name, side, min(spec.steps, most_steps), spec.guidance_scale, weight, short=spec.steps < 10)
                 for side, weight in pair
             ]
     return found

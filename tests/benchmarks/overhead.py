@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import cProfile
-import pstats
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import torch
 
@@ -37,24 +38,60 @@ class Overhead:
     trace: tuple[tuple[str, float], ...]  # where the own time goes: what, share of the GPU thread's time
 
 
+class TracedEngine(Engine):
+    """Notes how long its parts take, each without the parts and the pipelines within.
+
+    Not by Python's profiler, which on Python 3.12 mixed up callers and missed the engine's methods.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._inner = [0.0]  # seconds of the parts within, of each part that runs
+
+    def trace(self) -> dict[str, float]:
+        """Seconds by part."""
+        found = {name: seconds for name, seconds in self.seconds.items() if name != "_attempt"}
+        return found | {"_attempt, without the pipelines": self.seconds["_attempt"] - self._busy_s}
+
+
+def _timed(name: str) -> Callable[..., Any]:
+    method = getattr(Engine, name)
+
+    @wraps(method)
+    def timed(self: TracedEngine, *arguments: Any, **named: Any) -> Any:
+        self._inner.append(0.0)
+        started = time.perf_counter()
+        try:
+            return method(self, *arguments, **named)
+        finally:
+            took = time.perf_counter() - started
+            self.seconds[name] += took - self._inner.pop()
+            self._inner[-1] += took
+
+    return timed
+
+
+for _name in ("step", "_take", "_predict", "_drop_if_over", "_run", "_attempt", "_account", "_send", "_show", "_end"):
+    setattr(TracedEngine, _name, _timed(_name))
+
+
 class Bench:
     """An engine on a thread of its own, and what a worker does beside it: progress, previews, files."""
 
     def __init__(self, pipelines: Mapping[str, Pipeline], settings: WorkerSettings) -> None:
         self.metrics = WorkerMetrics()
         self._files = ThreadPoolExecutor(2)
-        self.engine = Engine(pipelines, settings=settings, metrics=self.metrics, ended=self._ended)
-        self.profile: cProfile.Profile | None = None
+        self.engine = TracedEngine(pipelines, settings=settings, metrics=self.metrics, ended=self._ended)
 
-    def serve(self, request: Request, profiled: bool = False) -> float:
+    def serve(self, request: Request) -> float:
         """Eight jobs from start to end; gives the seconds."""
         tasks = [Task(request.job(seed)) for seed in range(JOBS)]
         for task in tasks:
             task.watched = True
             self.engine.submit(task)
         self.engine.stop()
-        self.profile = cProfile.Profile() if profiled else None
-        gpu = threading.Thread(target=self._run)
+        gpu = threading.Thread(target=self.engine.run)
         started = time.monotonic()
         gpu.start()
         while gpu.is_alive():
@@ -71,12 +108,6 @@ class Bench:
         """A metric's value."""
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
-    def _run(self) -> None:
-        if self.profile:
-            self.profile.runcall(self.engine.run)
-        else:
-            self.engine.run()
-
     def _report(self, tasks: Sequence[Task]) -> None:
         """As a worker's control thread does, but for Redis."""
         for task in tasks:
@@ -90,43 +121,24 @@ class Bench:
 
 
 def measure(pipelines: Mapping[str, Pipeline], settings: WorkerSettings, request: Request) -> Overhead:
-    """Three times: to warm up, for the shares, and under a profiler for the trace."""
+    """Once to warm up, once for the shares, and on a GPU once more under its profiler."""
     Bench(pipelines, settings).serve(request)
     bench = Bench(pipelines, settings)
     bench.serve(request)
     own = bench.value("darkroom_engine_overhead_seconds_total")
     times = {s: bench.value("darkroom_stage_seconds_sum", model=request.model, stage=s) for s in STAGES}
     steps = int(bench.value("darkroom_stage_seconds_count", model=request.model, stage="denoise"))
-    traced = Bench(pipelines, settings)
-    traced.serve(request, profiled=True)
+    whole = own + sum(times.values())
+    ranked = sorted(bench.engine.trace().items(), key=lambda item: -item[1])
     return Overhead(
         request,
         steps,
         1000 * times["denoise"] / steps,
-        own / (own + sum(times.values())),
+        own / whole,
         idle_share(pipelines, settings, request),
         int(bench.value("darkroom_previews_total", model=request.model)),
-        where(traced),
+        tuple((name, seconds / whole) for name, seconds in ranked if seconds / whole >= 0.0001),
     )
-
-
-def where(bench: Bench) -> tuple[tuple[str, float], ...]:
-    """What Engine.step called, by its share of the thread's time under the profiler, without the pipelines."""
-    assert bench.profile is not None
-    bench.profile.create_stats()
-    stats = pstats.Stats(bench.profile).stats  # type: ignore[attr-defined]
-    total = sum(entry[2] for entry in stats.values())
-    (step,) = [key for key in stats if key[2] == "step" and key[0].endswith("engine.py")]
-    found = {"step itself": stats[step][2]}
-    for (_, _, name), entry in stats.items():
-        for caller, times in entry[4].items():
-            if caller == step:
-                found[name] = found.get(name, 0.0) + times[3]
-    inside = sum(entry[3] for key, entry in stats.items() if key[2] == "run" and key[0].endswith("model/pipeline.py"))
-    if "_run" in found:
-        found["_run, without the pipelines"] = max(0.0, found.pop("_run") - inside)
-    ranked = sorted(found.items(), key=lambda item: -item[1])
-    return tuple((name, seconds / total) for name, seconds in ranked if seconds / total >= 0.0005)
 
 
 def idle_share(pipelines: Mapping[str, Pipeline], settings: WorkerSettings, request: Request) -> float | None:
@@ -150,11 +162,14 @@ def table(found: Sequence[Overhead]) -> str:
         "| eight jobs of | steps | mean step | engine's own share | GPU idle | previews | where the own time goes |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for one in found:
-        idle = "" if one.idle_share is None else f"{100 * one.idle_share:.2f} %"
-        trace = ", ".join(f"{name} {100 * share:.2f} %" for name, share in one.trace[:7])
-        lines.append(
-            f"| {one.request.name} | {one.steps} | {one.step_ms:.1f} ms | {100 * one.own_share:.2f} % | {idle} "
-            f"| {one.previews} | {trace} |"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(row, found)])
+
+
+def row(one: Overhead) -> str:
+    """One line of the table."""
+    idle = "" if one.idle_share is None else f"{100 * one.idle_share:.2f} %"
+    trace = ", ".join(f"{name} {100 * share:.2f} %" for name, share in one.trace)
+    return (
+        f"| {one.request.name} | {one.steps} | {one.step_ms:.1f} ms | {100 * one.own_share:.2f} % | {idle} "
+        f"| {one.previews} | {trace} |"
+    )

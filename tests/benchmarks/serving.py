@@ -14,7 +14,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,6 @@ OVERTAKE_MOST = 2.5
 """Times its solo time that a job of a tenth of a long one's work may take beside it."""
 
 LEAST_JOBS = 60
-CAPACITY_JOBS = 40
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,9 @@ class Bench:
             found.append(one.latency)
         return statistics.median(found[1:])
 
-    def capacity(self, mix: Sequence[Request], policy: str) -> float:
+    def capacity(self, mix: Sequence[Request], policy: str, count: int) -> float:
         """Pictures a second if there is always enough to do."""
-        arrivals = at_once(mix, CAPACITY_JOBS, self.seed)
+        arrivals = at_once(mix, count, self.seed)
         served = drive(self.pipelines, self.settings, POLICIES[policy], arrivals)
         return len(served) / max(one.ended for one in served)
 
@@ -118,27 +117,26 @@ def overtaking(bench: Bench, requests: Sequence[tuple[Request, Request]], times:
     return lines, worst
 
 
-def grid(bench: Bench, mix: Sequence[Request], loads: Sequence[float], jobs: int, minutes: float) -> list[Cell]:
-    """All policies under all loads."""
+def grid(bench: Bench, mix: Sequence[Request], chosen: argparse.Namespace) -> Iterator[Cell]:
+    """All policies under all loads, each when it is done."""
+    loads = [float(load) for load in chosen.loads.split(",")]
     solo = {request: bench.solo_s(request) for request in mix}
     for request, seconds in solo.items():
         print(
             f"solo: {request.name}: {seconds:.3f} s, {100 * request.weight / total(mix):.0f} % of requests", flush=True
         )
-    rates = {name: bench.capacity(mix, name) for name in POLICIES}
+    rates = {name: bench.capacity(mix, name, chosen.capacity_jobs) for name in POLICIES}
     for name, rate in rates.items():
-        print(f"capacity, {name}: {rate:.2f} pictures a second, {CAPACITY_JOBS} at once", flush=True)
+        print(f"capacity, {name}: {rate:.2f} pictures a second, {chosen.capacity_jobs} at once", flush=True)
     seconds_a_job = sum(max(1 / load, rates["engine"] / rate) for load in loads for rate in rates.values())
-    fitting = int(60 * minutes * rates["engine"] / seconds_a_job)
-    count = jobs or max(LEAST_JOBS, min(1000, fitting))
+    fitting = int(60 * chosen.minutes * rates["engine"] / seconds_a_job)
+    count = chosen.jobs or max(LEAST_JOBS, min(1000, fitting))
     print(f"{count} requests a cell, about {count * seconds_a_job / rates['engine'] / 60:.1f} minutes", flush=True)
-    cells = []
     for load in loads:
         for name in POLICIES:
-            served = bench.cell(mix, load, load * rates["engine"], count, name)
-            cells.append(Cell(load, name, served, solo))
-            print(row(cells[-1]), flush=True)
-    return cells
+            cell = Cell(load, name, bench.cell(mix, load, load * rates["engine"], count, name), solo)
+            print(row(cell), flush=True)
+            yield cell
 
 
 def total(mix: Sequence[Request]) -> float:
@@ -187,11 +185,11 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     )
 
 
-def pairs(names: Sequence[str], sides: tuple[int, int]) -> list[tuple[Request, Request]]:
+def pairs(names: Sequence[str], sides: tuple[int, int], most_steps: int) -> list[tuple[Request, Request]]:
     """A long request, and a short one of a tenth of its steps: of its size, of a smaller one, of another model."""
     first = names[0]
     scale = VARIANTS[first].guidance_scale if first in VARIANTS else 3.0
-    steps = 40 if first in VARIANTS else 100
+    steps = (40 if most_steps >= 28 else 20) if first in VARIANTS else 100
     small, large = sides
     short = Request(first, large, steps // 10, scale, short=True)
     found = [
@@ -202,7 +200,7 @@ def pairs(names: Sequence[str], sides: tuple[int, int]) -> list[tuple[Request, R
         turbo = VARIANTS["large-turbo"]
         found.append(
             (
-                Request(first, large, 28, scale),
+                Request(first, large, min(28, steps), scale),
                 Request(turbo.name, large, turbo.steps, turbo.guidance_scale, short=True),
             )
         )
@@ -220,6 +218,11 @@ def options() -> argparse.Namespace:
     parser.add_argument("--loads", default="0.5,0.8,0.95", help="shares of the engine's capacity")
     parser.add_argument("--jobs", type=int, default=0, help="requests a cell; default: what fits into --minutes")
     parser.add_argument("--minutes", type=float, default=4.0, help="for the grid alone")
+    parser.add_argument("--most-steps", type=int, default=40, help="of a variant's request; fewer make a run shorter")
+    parser.add_argument(
+        "--capacity-jobs", type=int, default=40, help="requests at once that capacities are measured with"
+    )
+    parser.add_argument("--overtakes", type=int, default=5, help="times that a short job meets a long one; 0: none")
     parser.add_argument("--max-jobs", type=int, default=8, help="that the engine holds")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--overhead", action="store_true", help="only this: the engine's own time, with a trace")
@@ -243,23 +246,33 @@ def main() -> int:
         pipelines = models.loaded([ModelSource.parse(entry) for entry in entries], settings)
     device = next(iter(pipelines.values())).device
     small, large = map(int, (chosen.sides or ("512,1024" if device.type == "cuda" else "64,128")).split(","))
-    bench, mix = Bench(pipelines, settings, chosen.seed), models.mix_of(names, (small, large))
+    bench, mix = Bench(pipelines, settings, chosen.seed), models.mix_of(names, (small, large), chosen.most_steps)
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     title = f"{what}, {os.cpu_count()} cores, torch {torch.__version__}; models {', '.join(names)}; seed {chosen.seed}"
     print(f"{title}; loaded in {time.monotonic() - started:.0f} s", flush=True)
     chosen.out.mkdir(parents=True, exist_ok=True)
     if chosen.overhead:
-        requests = [Request(names[0], side, chosen.overhead_steps, mix[0].guidance_scale) for side in (small, large)]
-        text = overhead.table([overhead.measure(pipelines, settings, request) for request in requests])
-        print(text, flush=True)
+        scales = {request.model: request.guidance_scale for request in mix}
+        requests = [
+            Request(name, side, chosen.overhead_steps, scales[name]) for name in names for side in (small, large)
+        ]
+        found = []
+        for request in requests:
+            found.append(overhead.measure(pipelines, settings, request))
+            print(overhead.row(found[-1]), flush=True)
+        text = overhead.table(found)
         (chosen.out / "overhead.md").write_text(f"{title}\n\n{text}\n")
         return 0
-    lines, worst = overtaking(bench, pairs(names, (small, large)), times=5)
-    print("\n".join(lines), flush=True)
-    cells = grid(bench, mix, [float(load) for load in chosen.loads.split(",")], chosen.jobs, chosen.minutes)
-    text = "\n".join([title, "", *lines, "", HEAD, *map(row, cells), ""])
-    (chosen.out / "serving.md").write_text(text)
+    cells: list[Cell] = []
+    for cell in grid(bench, mix, chosen):
+        cells.append(cell)  # written down each time: a run that is cut short leaves what it has
+        (chosen.out / "serving.md").write_text("\n".join([title, "", HEAD, *map(row, cells), ""]))
     draw(cells, chosen.out / "serving.png")
+    worst = 0.0
+    if chosen.overtakes:
+        lines, worst = overtaking(bench, pairs(names, (small, large), chosen.most_steps), chosen.overtakes)
+        print("\n".join(lines), flush=True)
+        (chosen.out / "serving.md").write_text("\n".join([title, "", *lines, "", HEAD, *map(row, cells), ""]))
     print(f"{time.monotonic() - started:.0f} s in all; written to {chosen.out}", flush=True)
     return 0 if worst <= OVERTAKE_MOST else 1
 

@@ -204,10 +204,12 @@ def test_the_committed_checker_reads_drawings_well() -> None:
     checker = load_checker(COMMITTED)
     scenes = [sample_scene(MEASURING_SEEDS + 5000 + n, only_held_out=n % 2 == 1) for n in range(60)]
     found = agreement(scenes, checker.read(draw(pack(scenes), 256, 256)))
-    assert found["place"] > 0.9
-    assert found["colour"] > 0.85
-    assert found["shape"] > 0.6
+    assert found["place"] > 0.97
+    assert found["colour"] > 0.97
+    assert found["shape"] > 0.95
+    assert found["style"] > 0.95
+    assert found["background"] > 0.95
 
 
 def test_the_committed_checker_sees_no_shape_in_spoiled_things() -> None:
-    assert malformed(load_checker(COMMITTED), CPU, 64) > 0.5
+    assert malformed(load_checker(COMMITTED), CPU, 64) > 0.85
