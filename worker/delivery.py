@@ -6,8 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import structlog
+from torch import Tensor
 
 from worker.contract.errors import QueueUnavailable, StoreUnavailable
 from worker.contract.job import Job, Picture, Result
@@ -16,12 +19,18 @@ from worker.engine import Outcome, Task, explain
 from worker.intake import Claim, Intake
 from worker.metrics import WorkerMetrics
 from worker.pictures import encode
+from worker.safety import SafetyFilter
+
+if TYPE_CHECKING:
+    from worker.tracing import JobTracing
 
 log = structlog.get_logger()
 
 RETRY_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 STUCK_S = 60.0
 """A picture that takes longer than this to be stored is stuck: the leases are not renewed over it."""
+
+BLURRED = "picture {} was blurred: this server's safety filter takes it for unsafe"
 
 
 class Delivery:
@@ -36,9 +45,12 @@ class Delivery:
         picture_lifetime_s: float,
         fingerprints: Mapping[str, str],  # by model
         done: Callable[[Task], None],
+        safety: SafetyFilter | None = None,
+        tracing: JobTracing | None = None,
     ) -> None:
         self._intake, self._store, self._metrics, self._done = intake, store, metrics, done
         self._picture_lifetime_s, self._fingerprints = picture_lifetime_s, fingerprints
+        self._safety, self._tracing = safety, tracing
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pictures")
         self._storing: dict[str, float] = {}  # since when, by claim
         self._closing = threading.Event()
@@ -57,7 +69,7 @@ class Delivery:
         self._pool.shutdown()
 
     def _deliver(self, claim: Claim, task: Task) -> None:
-        outcome: str = "lost"
+        outcome, since = "lost", time.time_ns()
         try:
             outcome = self._commit(claim, task)
         except Exception:
@@ -67,6 +79,8 @@ class Delivery:
             run_s = time.time() - claim.claimed_at
             self._metrics.ended(task.job, outcome, run_s)
             log.info("ended", job=task.job.id, outcome=outcome, run_s=round(run_s, 3))
+            if self._tracing:
+                self._tracing.ended(claim, task, outcome, since)
 
     def _commit(self, claim: Claim, task: Task) -> str:
         """Try until Redis answers; what the commit did not accept is deleted again."""
@@ -90,35 +104,53 @@ class Delivery:
                 failure=task.failure,
                 timings=_rounded(task.seconds),
                 fingerprint=self._fingerprints.get(task.job.model),
+                gpu_seconds=round(task.gpu_s, 4),
             )
         self._storing[claim.key] = time.monotonic()
         try:
             pictures = tuple(self._put_picture(claim, task, n) for n in range(task.job.num_images))
         except Exception as error:
             self._forget(claim)
-            return "failed", Result(failure=explain(task.job, error), fingerprint=self._fingerprints[task.job.model])
+            return "failed", Result(
+                failure=explain(task.job, error),
+                fingerprint=self._fingerprints[task.job.model],
+                gpu_seconds=round(task.gpu_s, 4),
+            )
         finally:
             del self._storing[claim.key]
         warnings = tuple(dict.fromkeys(w for rendering in task.renderings for w in rendering.warnings))
+        warnings += tuple(BLURRED.format(n) for n, picture in enumerate(pictures) if picture.filtered)
         return "succeeded", Result(
             pictures=pictures,
             warnings=warnings,
             timings=_rounded(task.seconds),
-            expires_at=time.time() + self._picture_lifetime_s,
+            expires_at=time.time() + (task.job.picture_lifetime_s or self._picture_lifetime_s),
             fingerprint=self._fingerprints[task.job.model],
+            gpu_seconds=round(task.gpu_s, 4),
         )
 
     def _put_picture(self, claim: Claim, task: Task, n: int) -> Picture:
-        """Encode and store picture `n` under this execution's own key, so that running twice harms nobody."""
+        """Check, encode and store picture `n` under this execution's own key, so that running twice harms nobody."""
         job = task.job
+        pixels, filtered = self._checked(job, task.renderings[n].pixels)
         started = time.perf_counter()
-        data = encode(task.renderings[n].pixels, job, n)
+        data = encode(pixels, job, n, filtered=filtered)
         encoded = time.perf_counter()
         key = picture_key(job.id, claim.execution, n, job.output.format)
         self._put(key, data)
         self._metrics.stage(job, "encode_image", encoded - started)
         self._metrics.stage(job, "upload", time.perf_counter() - encoded)
-        return _picture(job, n, key, len(data))
+        return replace(_picture(job, n, key, len(data)), filtered=filtered)
+
+    def _checked(self, job: Job, pixels: Tensor) -> tuple[Tensor, bool | None]:
+        """The pixels that may be shown, and what the safety filter did to them: see Picture.filtered."""
+        if self._safety is None:
+            return pixels, None
+        started = time.perf_counter()
+        pixels, filtered = self._safety.check(pixels)
+        self._metrics.stage(job, "safety_check", time.perf_counter() - started)
+        self._metrics.checked(job, "blurred" if filtered else "passed")
+        return pixels, filtered
 
     def _put(self, key: str, data: bytes) -> None:
         for pause in RETRY_S:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -20,6 +21,7 @@ from worker.forecast import Forecast
 from worker.metrics import WorkerMetrics
 from worker.scheduler import pick
 from worker.settings import WorkerSettings
+from worker.speed import Speed
 from worker.task import Child, Current, Outcome, Task, Withdraw
 
 __all__ = ["Current", "Engine", "Outcome", "Task", "explain"]
@@ -50,6 +52,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pipelines, self.metrics, self.forecast = pipelines, metrics, Forecast(paces)
+        self.speed = Speed()
         tokens = {name: settings.token_budget or TOKENS[p.device.type] for name, p in pipelines.items()}
         self.budget, self._max_jobs = Budget(settings.max_batch_rows, tokens), settings.max_jobs
         self._ended, self._now, self._clock = ended, now, clock
@@ -228,6 +231,13 @@ class Engine:
         rows, tokens = sum(child.rows for child in batch), sum(child.tokens for child in batch)
         for task in {child.task for child in batch}:
             task.seconds[first.work.stage] = task.seconds.get(first.work.stage, 0.0) + seconds
+            if task.timeline:
+                pictures = sum(child.task is task for child in batch)
+                task.timeline.ran(first.work.stage, seconds, rows=rows, pictures=pictures)
+        for child in batch:
+            child.task.gpu_s += seconds * child.rows / rows
+        megapixels = math.prod(first.kind.shape) * 64 / 1e6  # 8 x 8 pixels a latent
+        self.speed.note(first.kind.model, rows * megapixels if isinstance(first.work, Denoise) else 0.0, seconds)
         self.metrics.batch(first.task.job, first.work.stage, rows=rows, tokens=tokens, seconds=seconds)
         self.budget.ran(first.kind, rows)
         if isinstance(first.work, Encode) and pipeline.lookups.misses == misses_before:

@@ -76,14 +76,17 @@ class Intake:
             with reaching_redis():
                 self._redis.hset(CARDS, mapping=cast(Any, mapping))
 
-    def renew(self, models: Iterable[str]) -> None:
+    def renew(self, models: Iterable[str], speeds: Mapping[str, float] | None = None) -> None:
         """Says that this worker lives, holds these models and keeps its claims; about every second.
+
+        speeds: megapixel-steps a second, of models that it has measured.
 
         Without it for transitions.LEASE_S seconds, its jobs are given to others.
         """
-        held = list(self._held)
+        held, speeds = list(self._held), speeds or {}
         models = sorted(models)
-        stop = self._run("renew", self._worker, len(models), *models, *held)
+        told = [part for model in models for part in (model, speeds.get(model, ""))]
+        stop = self._run("renew", self._worker, len(models), *told, *held)
         self._stop |= {key.decode() for key in stop}
 
     def reap(self) -> None:
@@ -112,7 +115,7 @@ class Intake:
     def claim(self, models: Sequence[str], want: int) -> list[Claim]:
         """Starts at most `want` waiting jobs of these models and returns them; never blocks.
 
-        High before normal before low; one of each model in turn; first come, first served within a queue. None while a
+        High before normal before low; one of each model in turn, and within a queue one of each owner. None while a
         suspect runs. Jobs in an answer that is lost go back at the next `renew`.
         """
         if not models or want < 1 or any(claim.suspect for claim in list(self._held.values())):
@@ -132,7 +135,10 @@ class Intake:
         False: the fence fell (canceled, past its deadline, no longer ours); the caller deletes what it stored.
         """
         ending = encode(status, result)
-        done = self._run("commit", claim.job.id, claim.execution, RQ_STATUS[status], ending.outcome, ending.encoded)
+        done = self._run(
+            "commit", claim.job.id, claim.execution, RQ_STATUS[status], ending.outcome, ending.encoded,
+            "" if result.expires_at is None else result.expires_at, round(1000 * result.gpu_seconds),
+        )  # fmt: skip
         self._let_go(claim)
         return bool(done)
 
@@ -174,7 +180,7 @@ class Intake:
             except SchemaUnknown:
                 ending = encode("failed", Result(failure=UNREADABLE))
                 with suppress(QueueUnavailable):  # then it goes back, and fails at the next claim
-                    self._run("commit", job_id, execution, RQ_STATUS["failed"], ending.outcome, ending.encoded)
+                    self._run("commit", job_id, execution, RQ_STATUS["failed"], ending.outcome, ending.encoded, "", 0)
                 continue
             claims.append(Claim(job, execution.decode(), claimed_at, queued_s, suspect=bool(group)))
             self._held[claims[-1].key] = claims[-1]

@@ -10,15 +10,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import structlog
 from prometheus_client import start_http_server
 from pydantic import ValidationError
+from torch import Tensor
 
 from model.checkpoint import CheckpointError
-from worker.contract.errors import QueueUnavailable
+from worker.contract import telemetry
+from worker.contract.errors import CannotStart, QueueUnavailable
 from worker.contract.settings import complaints
 from worker.contract.store import FolderStore, PictureStore
+from worker.contract.telemetry import Traces
 from worker.contract.transitions import LEASE_S
 from worker.delivery import Delivery
 from worker.engine import Engine, Task
@@ -27,13 +31,18 @@ from worker.logs import configure
 from worker.metrics import WorkerMetrics
 from worker.models import Loader, Model
 from worker.previews import encode_preview
+from worker.safety import SafetyFilter, safety_filter
 from worker.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from worker.tracing import JobTracing
 
 log = structlog.get_logger()
 
 ANNOUNCE_S = 10.0
 RENEW_S = 1.0
 REAP_S = 2.0
+JOIN_S = 1.0
 PROGRESS_S = 0.25
 IDLE_S = 2.0
 AWAY_S = 0.5
@@ -70,8 +79,11 @@ class Worker:
         intake: Intake,
         store: PictureStore,
         metrics: WorkerMetrics,
+        safety: SafetyFilter | None = None,
+        tracing: JobTracing | None = None,
     ) -> None:
         self.settings, self.models, self.intake, self.metrics = settings, models, intake, metrics
+        self._safety, self._tracing = safety, tracing
         self.engine = Engine(
             {name: model.pipeline for name, model in models.items()},
             settings=settings,
@@ -86,6 +98,8 @@ class Worker:
             picture_lifetime_s=settings.picture_lifetime_s,
             fingerprints={name: model.fingerprint for name, model in models.items()},
             done=self._let_go,
+            safety=safety,
+            tracing=tracing,
         )
         self._running: dict[Task, Claim] = {}  # until committed or handed back
         self._stops = 0  # how often we were told to stop
@@ -152,7 +166,7 @@ class Worker:
 
     def _renew(self) -> None:
         if self._is_well():
-            self.intake.renew(self.models)
+            self.intake.renew(self.models, self.engine.speed.measured())
         else:
             log.warning("no progress; the leases are left to lapse")
 
@@ -166,8 +180,16 @@ class Worker:
             task.watched = claim.key in watched
             preview, task.preview = task.preview, None
             if preview and task.watched:
-                step, rgb = preview
-                self.intake.preview(claim, step, encode_preview(rgb))
+                self._preview(claim, *preview)
+
+    def _preview(self, claim: Claim, step: int, rgb: Tensor) -> None:
+        """Show what a picture looks like so far."""
+        try:
+            picture = encode_preview(rgb, self._safety)
+        except Exception as error:  # the picture itself may still come out
+            log.warning("no preview", job=claim.job.id, error=repr(error))
+        else:
+            self.intake.preview(claim, step, picture)
 
     def _claim(self) -> None:
         room = min(self.engine.room(), self.settings.max_jobs - len(self._running))
@@ -176,7 +198,7 @@ class Worker:
         for claim in self.intake.claim([model for model in self.models if self.engine.room(model)], room):
             self.metrics.claimed(claim.job, claim.queued_s)
             log.info("claimed", job=claim.job.id, model=claim.job.model, queued_s=round(claim.queued_s, 3))
-            task = Task(claim.job)
+            task = Task(claim.job, timeline=self._tracing.follow(claim.job) if self._tracing else None)
             self._running[task] = claim
             self.engine.submit(task)
 
@@ -200,7 +222,10 @@ class Worker:
             self._try(self._turn)
         self._hand_back(list(self._running))
         self.engine.stop()
-        gpu.join()
+        while gpu.is_alive():
+            gpu.join(JOIN_S)
+            if gpu.is_alive():
+                self._check(gpu)  # one that hangs ends the process: nothing waits for it
         self.delivery.close()
         try:
             self.intake.retire()
@@ -257,13 +282,16 @@ def serve() -> int:
         metrics = WorkerMetrics()
         if settings.metrics_port:
             start_http_server(settings.metrics_port, settings.metrics_host, metrics.registry)
+        safety = safety_filter(settings)
+        traces = telemetry.connect("darkroom-worker", log, instance=settings.worker_name)
         models = load_models(settings, metrics)
-    except (ValidationError, CheckpointError, OSError) as error:
+    except (ValidationError, CannotStart, CheckpointError, OSError) as error:
         why = complaints(error) if isinstance(error, ValidationError) else error
         sys.stderr.write(f"darkroom worker: {why}\n")
         return 2
     intake = Intake.connect(settings, settings.worker_name)
-    worker = Worker(settings, models, intake, FolderStore(settings.store_dir), metrics)
+    store, tracing = FolderStore(settings.store_dir), job_tracing(traces)
+    worker = Worker(settings, models, intake, store, metrics, safety, tracing)
 
     def on_signal(_signum: int, _frame: object) -> None:
         log.info("stopping: what fits the grace period is finished, the rest handed back")
@@ -271,5 +299,18 @@ def serve() -> int:
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, on_signal)
-    worker.serve()
+    try:
+        worker.serve()
+    finally:
+        if traces:
+            traces.close()
     return 0
+
+
+def job_tracing(traces: Traces | None) -> JobTracing | None:
+    """What makes the spans of jobs, where traces are sent."""
+    if traces is None:
+        return None
+    from worker.tracing import JobTracing  # with it comes OpenTelemetry
+
+    return JobTracing(traces.tracer)

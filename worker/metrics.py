@@ -47,6 +47,7 @@ class WorkerMetrics:
         self._running = gauge("requests_running", "Jobs that this worker holds")
         self._halved = counter("out_of_memory", "Batches that ran out of GPU memory", ["model", "stage"])
         self._previews = counter("previews", "Previews made", ["model"])
+        self._checked = counter("pictures_checked", "Pictures that the safety filter saw", ["model", "outcome"])
         self._overhead = counter("engine_overhead_seconds", "Time of the GPU thread, at work but outside the models")
 
     def loaded(self, model: str, seconds: float) -> None:
@@ -66,7 +67,7 @@ class WorkerMetrics:
         self._running.dec()
 
     def stage(self, job: Job, stage: str, seconds: float) -> None:
-        """A stage outside the engine: encode_image, upload."""
+        """A stage outside the engine: safety_check, encode_image, upload."""
         self._stage.labels(job.model, stage).observe(seconds)
 
     def watch(self, pending_rows: Callable[[], Mapping[str, int]], lookups: Mapping[str, Lookups]) -> None:
@@ -80,6 +81,10 @@ class WorkerMetrics:
     def previewed(self, job: Job) -> None:
         """A preview was made."""
         self._previews.labels(job.model).inc()
+
+    def checked(self, job: Job, outcome: str) -> None:
+        """The safety filter saw a picture: passed, or blurred."""
+        self._checked.labels(job.model, outcome).inc()
 
     def overhead(self, seconds: float) -> None:
         """One turn of the engine, less its time in a model."""

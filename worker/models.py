@@ -26,6 +26,9 @@ from worker.settings import ModelSource, WorkerSettings
 
 log = structlog.get_logger()
 
+TRAINED_PIXELS = {"large": 1_048_576, "large-turbo": 1_048_576}
+"""The largest pictures that a variant was trained on, where it draws larger ones worse."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -151,6 +154,8 @@ def make_card(source: ModelSource, parts: Components, told: dict[str, Any]) -> M
             defaults=Defaults(**(defaults | told.get("defaults", {}))),
             limits=Limits(**(limits | told.get("limits", {}))),
             negative_prompt=told.get("negative_prompt", known.guided if known else True),
+            aliases=_aliases(told),
+            trained_pixels=told.get("trained_pixels", TRAINED_PIXELS.get(parts.variant)),
         )
         wrong = _outside(card.defaults, card.limits)
     except TypeError as error:  # an unknown or missing name, or no number where one belongs
@@ -158,6 +163,13 @@ def make_card(source: ModelSource, parts: Components, told: dict[str, Any]) -> M
     if wrong:
         raise CheckpointError(f"{source.path}: the default {wrong} is outside the model's own limits {card.limits}")
     return card
+
+
+def _aliases(told: dict[str, Any]) -> tuple[str, ...]:
+    aliases = told.get("aliases", [])
+    if not isinstance(aliases, list) or not all(isinstance(alias, str) and alias for alias in aliases):
+        raise CheckpointError(f"aliases in {CARD} is {aliases!r}; allowed: a list of names")
+    return tuple(aliases)
 
 
 def _outside(defaults: Defaults, limits: Limits) -> str:
@@ -176,14 +188,14 @@ def _outside(defaults: Defaults, limits: Limits) -> str:
 
 
 def _told(path: Path) -> dict[str, Any]:
-    """What `darkroom.json` says: description, defaults, limits, negative_prompt, t5_length.
+    """What `darkroom.json` says: description, defaults, limits, negative_prompt, aliases, trained_pixels, t5_length.
 
-    What a variant does not say is as its base says, but for the description.
+    What a variant does not say is as its base says, but for the description and the aliases.
     """
     own = _told_at(path)
     if (variant := variant_at(path)) is None:
         return own
-    base = {key: value for key, value in _told_at(variant.base).items() if key != "description"}
+    base = {key: value for key, value in _told_at(variant.base).items() if key not in ("description", "aliases")}
     for part in ("defaults", "limits"):
         if isinstance(base.get(part), dict) and isinstance(own.get(part), dict):
             own[part] = base[part] | own[part]

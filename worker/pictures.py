@@ -17,10 +17,11 @@ MAX_COMMENT_BYTES = 65_000
 """A JPEG's EXIF is at most 64 KiB in all."""
 
 
-def encode(pixels: Tensor, job: Job, n: int) -> bytes:
+def encode(pixels: Tensor, job: Job, n: int, *, filtered: bool | None = None) -> bytes:
     """Picture `n` of a job as a file.
 
     pixels : shape = (h, w, 3), uint8, on the CPU
+    filtered : see Picture.filtered
     """
     image = Image.fromarray(pixels.numpy(), mode=None)
     file = io.BytesIO()
@@ -28,16 +29,16 @@ def encode(pixels: Tensor, job: Job, n: int) -> bytes:
     if job.output.format == "png":
         options["compress_level"] = 4
         if job.output.metadata == "full":
-            options["pnginfo"] = _png_text(job, n)
+            options["pnginfo"] = _png_text(job, n, filtered)
     else:
         options["quality"] = job.output.quality
         if job.output.metadata == "full":
-            options["exif"] = _exif(job, n)
+            options["exif"] = _exif(job, n, filtered)
     image.save(file, format=job.output.format, **options)
     return file.getvalue()
 
 
-def parameters(job: Job, n: int) -> str:
+def parameters(job: Job, n: int, filtered: bool | None = None) -> str:
     """What made picture `n`, in the form that image browsers for diffusion pictures read."""
     p = job.params.nth(n)
     lines = [p.prompt]
@@ -46,21 +47,24 @@ def parameters(job: Job, n: int) -> str:
     lines.append(
         f"Steps: {p.steps}, Sampler: {p.sampler}, CFG scale: {p.guidance_scale:g}, Seed: {p.seed}, "
         f"Size: {p.width}x{p.height}, Model: {job.model}, Model hash: {job.revision}"
+        + (", Safety filter: blurred" if filtered else "")
     )
     return "\n".join(lines)
 
 
-def _png_text(job: Job, n: int) -> PngInfo:
+def _png_text(job: Job, n: int, filtered: bool | None) -> PngInfo:
     text = PngInfo()
-    text.add_itxt("parameters", parameters(job, n))
+    text.add_itxt("parameters", parameters(job, n, filtered))
     made_by = {"model": job.model, "revision": job.revision, **asdict(job.params.nth(n))}
+    if filtered is not None:
+        made_by["filtered"] = filtered
     text.add_itxt("darkroom", json.dumps(made_by, ensure_ascii=False))
     return text
 
 
-def _exif(job: Job, n: int) -> Image.Exif:
+def _exif(job: Job, n: int, filtered: bool | None) -> Image.Exif:
     exif = Image.Exif()
-    exif[EXIF_IFD] = {USER_COMMENT: b"UNICODE\0" + _comment(parameters(job, n))}
+    exif[EXIF_IFD] = {USER_COMMENT: b"UNICODE\0" + _comment(parameters(job, n, filtered))}
     return exif
 
 

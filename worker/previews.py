@@ -7,15 +7,19 @@ import io
 from PIL import Image
 from torch import Tensor
 
+from worker.safety import SafetyFilter
+
 MEDIA_TYPE = "image/jpeg"
 QUALITY = 80
 
 
-def encode_preview(rgb: Tensor) -> bytes:
-    """A small JPEG, a few kilobytes.
+def encode_preview(rgb: Tensor, safety: SafetyFilter | None = None) -> bytes:
+    """A small JPEG, a few kilobytes; blurred as a picture would be.
 
     rgb : shape = (h, w, 3), uint8, on the CPU
     """
+    if safety:
+        rgb, _ = safety.check(rgb)
     file = io.BytesIO()
     Image.fromarray(rgb.numpy()).save(file, format="jpeg", quality=QUALITY)
     return file.getvalue()

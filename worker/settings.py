@@ -93,6 +93,13 @@ class WorkerSettings(ContractSettings):
         pattern=r"^(|all|\d{1,3}(,\d{1,3})*)$",
         description="a process for each of these GPUs: `all`, or indices such as `0,2`; empty: one process on `device`",
     )
+    safety: Literal["off", "blur"] = Field(
+        default="off",
+        description="blur: pictures that a classifier takes for unsafe are blurred; needs the `safety` extra",
+    )
+    safety_threshold: float = Field(
+        default=0.5, ge=0, le=1, description="score from which on a picture is taken for unsafe; 0 blurs all"
+    )
     death_limit: int = Field(
         default=3, ge=1, le=1000, description="a job fails once its worker died so often with nothing beside it"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Hashable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -13,6 +13,9 @@ from model.work import Begin, Decode, Denoise, Encode, Rendering, Work, image_to
 from worker.contract.job import Failure, Job, Priority, Progress
 from worker.forecast import Forecast, Kind
 from worker.scheduler import Room
+
+if TYPE_CHECKING:
+    from worker.tracing import Timeline
 
 Outcome = Literal["succeeded", "failed", "canceled"]
 
@@ -75,12 +78,14 @@ class Task:
     left_s: float = 0.0  # seconds of work that it is expected to have left
     least_s: float = 0.0  # seconds that it will need at the very least, as far as we can honestly say
     seconds: dict[str, float] = field(default_factory=dict)  # wall time of the batches it rode in, by stage
+    gpu_s: float = 0.0  # its share of those, by rows
     outcome: Outcome | None = None
     failure: Failure | None = None
     cancel_requested: bool = False
     watched: bool = False  # somebody wants previews
     preview: tuple[int, Tensor] | None = None  # steps done, and the first picture, (h, w, 3), uint8, on the CPU
     previewed_at: float = float("-inf")
+    timeline: Timeline | None = None  # kept where traces are sent
 
     @property
     def progress(self) -> Progress:

@@ -274,6 +274,17 @@ def test_a_deterministic_task_shares_no_batch() -> None:
         assert len(batch) == 1 or not any(work.deterministic for work in batch)
 
 
+def test_time_of_a_batch_is_shared_by_the_rows_in_it_and_makes_the_speed() -> None:
+    bench = Bench()
+    guided, unguided = bench.submit(guidance_scale=4.0), bench.submit(guidance_scale=1.0)
+    bench.drain()
+    spent = guided.gpu_s + unguided.gpu_s
+    assert guided.gpu_s > unguided.gpu_s > 0
+    assert spent < sum(guided.seconds.values()) + sum(unguided.seconds.values())
+    work = guided.job.work + unguided.job.work
+    assert bench.engine.speed.measured()[guided.job.model] == pytest.approx(work / spent, rel=0.05)
+
+
 def test_metrics_tell_batches_cache_and_overhead() -> None:
     bench = Bench()
     bench.pipeline.seconds = {"denoise": 0.5}

@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from worker.contract.errors import QueueUnavailable
-from worker.contract.job import Picture, Progress, Result
+from worker.contract.job import SCHEMA, Picture, Progress, Result
 from worker.contract.settings import ContractSettings
 from worker.intake import Intake
 
@@ -89,7 +89,7 @@ async def test_no_job_is_claimed_twice_by_workers_at_once(queue, make_intake, ma
 
 
 async def test_job_of_an_unknown_schema_stays_queued_and_holds_up_nobody(queue, intake, make_job, client):
-    newer = [make_job(schema=2) for _ in range(60)]
+    newer = [make_job(schema=SCHEMA + 1) for _ in range(60)]
     await submit(queue, *newer[:59])
     known = make_job()
     await submit(queue, known, newer[59])

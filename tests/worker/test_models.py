@@ -129,3 +129,17 @@ def test_a_device_that_is_not_there_is_refused_by_name() -> None:
     absent = f"cuda:{torch.cuda.device_count()}"
     with pytest.raises(NoSuchDevice, match=f"DARKROOM_DEVICE is '{absent}'"):
         pick_device(absent)
+
+
+def test_a_card_has_the_aliases_of_its_bundle_and_a_variant_none_of_its_base(tiny_bundle: Path, tmp_path: Path) -> None:
+    card = loaded(tiny_bundle, tmp_path, CARD | {"aliases": ["sd3.5-large"], "trained_pixels": 4096}).card
+    assert (card.aliases, card.trained_pixels) == (("sd3.5-large",), 4096)
+    save_variant(tmp_path / "model", tmp_path / "variant")
+    variant = loader().load(ModelSource("variant", tmp_path / "variant")).card
+    assert (variant.aliases, variant.trained_pixels) == ((), 4096)
+
+
+@pytest.mark.parametrize("aliases", ["sd3.5-large", [1], [""], {"a": 1}])
+def test_aliases_that_are_no_names_are_refused(tiny_bundle: Path, tmp_path: Path, aliases: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"aliases in darkroom\.json is .*; allowed: a list of names"):
+        loaded(tiny_bundle, tmp_path, CARD | {"aliases": aliases})

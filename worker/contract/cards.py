@@ -47,6 +47,8 @@ class ModelCard:
     defaults: Defaults
     limits: Limits = field(default_factory=Limits)
     negative_prompt: bool = True  # False: distilled without guidance, a negative prompt has no effect
+    aliases: tuple[str, ...] = ()  # vendors' names that it answers for, while no card has that name
+    trained_pixels: int | None = None  # the largest pictures that it was trained on, where larger ones come out worse
 
     def to_json(self) -> str:
         """The card as JSON."""
@@ -57,6 +59,7 @@ class ModelCard:
         """The card of its JSON; what a newer worker adds to it is passed over."""
         data: dict[str, Any] = json.loads(text)
         defaults, limits = _known(Defaults, data.pop("defaults")), _known(Limits, data.pop("limits"))
+        data["aliases"] = tuple(data.get("aliases", ()))
         return cls(defaults=Defaults(**defaults), limits=Limits(**limits), **_known(cls, data))
 
 

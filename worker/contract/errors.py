@@ -7,9 +7,12 @@ DarkroomError
 ├── PicturesExpired         the job is known, its pictures are gone
 ├── QueueFull               the model's queue is at its bound
 ├── ModelDraining           an operator lets the model's queue run empty
+├── TooManyJobs             the owner has as many jobs as it may have at once
+├── IdempotencyKeyReused    the key was used before, with another request
 ├── QueueUnavailable        Redis does not answer
 ├── StoreUnavailable        the picture store does not answer
-└── SchemaUnknown           a payload written by a newer or older Darkroom
+├── SchemaUnknown           a payload written by a newer or older Darkroom
+└── CannotStart             a process whose environment asks for what is not there
 """
 
 from __future__ import annotations
@@ -57,8 +60,8 @@ class PicturesExpired(DarkroomError):
 
     code = "expired"
 
-    def __init__(self, job_id: str, when: str) -> None:
-        super().__init__(f"the pictures of generation {job_id!r} expired at {when} and were deleted")
+    def __init__(self, job_id: str, when: str, why: str) -> None:
+        super().__init__(f"the pictures of generation {job_id!r} expired at {when} and were deleted: {why}")
 
 
 class QueueFull(DarkroomError):
@@ -79,6 +82,31 @@ class ModelDraining(DarkroomError):
     def __init__(self, model: str, retry_after_s: int) -> None:
         super().__init__(f"{model!r} is being drained and takes no new jobs for now; try again in {retry_after_s} s")
         self.retry_after_s = retry_after_s
+
+
+class TooManyJobs(DarkroomError):
+    """The owner has as many jobs that have not ended as it may have."""
+
+    code = "too_many_jobs"
+
+    def __init__(self, bound: int, retry_after_s: int) -> None:
+        jobs = "1 job is" if bound == 1 else f"{bound} jobs are"
+        super().__init__(
+            f"{jobs} queued or running for this key, which may have no more at once; try again in {retry_after_s} s"
+        )
+        self.retry_after_s = retry_after_s
+
+
+class IdempotencyKeyReused(DarkroomError):
+    """An idempotency key that came before with another request."""
+
+    code = "idempotency_key_reused"
+    field = "Idempotency-Key"
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"Idempotency-Key is {key!r}, which was used with another request; allowed: a new key for each request"
+        )
 
 
 class QueueUnavailable(DarkroomError):
@@ -108,3 +136,9 @@ class SchemaUnknown(DarkroomError):
 
     def __init__(self, found: object, known: int) -> None:
         super().__init__(f"payload schema {found!r}; this build reads schema {known}")
+
+
+class CannotStart(DarkroomError):
+    """What the environment asks for is not there; another try would not help."""
+
+    code = "cannot_start"

@@ -11,7 +11,9 @@ from typing import Any, Literal, Self, get_args
 from model.params import GenerationParams
 from worker.contract.errors import SchemaUnknown
 
-SCHEMA = 1
+SCHEMA = 2
+READ_SCHEMAS = (1, SCHEMA)
+"""What this build reads: a job that waits over an upgrade is done."""
 
 Priority = Literal["high", "normal", "low"]
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
@@ -21,6 +23,9 @@ OUTPUT_FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
 MEDIA_TYPES: dict[OutputFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 Metadata = Literal["full", "none"]
+
+WebhookEvent = Literal["started", "progress", "completed"]
+WEBHOOK_EVENTS: tuple[WebhookEvent, ...] = get_args(WebhookEvent)
 
 Status = Literal["queued", "running", "succeeded", "failed", "canceled"]
 TERMINAL: frozenset[Status] = frozenset({"succeeded", "failed", "canceled"})
@@ -41,6 +46,14 @@ class Output:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Webhook:
+    """Where a job's owner wants to be told of it, and of what."""
+
+    url: str
+    events: tuple[WebhookEvent, ...] = ("completed",)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """One accepted generation, every default resolved."""
 
@@ -55,6 +68,13 @@ class Job:
     created_at: float  # Unix seconds
     deadline: float  # Unix seconds; past it the job fails
     request_id: str = ""  # of the HTTP request that made it, for the logs
+    trace: str = ""  # W3C traceparent of that request
+    owner: str = ""  # id of the API key that asked; "" where keys are off
+    dialect: str = "native"  # in whose words its owner is answered: native, stability, replicate, openai, ...
+    echo: dict[str, Any] = field(default_factory=dict, hash=False)  # what a dialect's answers repeat of the request
+    picture_lifetime_s: int | None = None  # None: the server's
+    warnings: tuple[str, ...] = ()  # found when it was accepted
+    webhook: Webhook | None = None
     schema: int = SCHEMA
 
     @property
@@ -72,19 +92,36 @@ class Job:
         """Denoising steps of all pictures together."""
         return self.params.steps * self.num_images
 
+    @property
+    def pixel_steps(self) -> int:
+        """Its work: pixels, times forward passes of the network over each."""
+        rows = 2 if self.params.guided else 1
+        return self.params.width * self.params.height * self.steps * rows
+
+    @property
+    def work(self) -> float:
+        """Its work in megapixel-steps."""
+        return self.pixel_steps / 1e6
+
     def to_payload(self) -> dict[str, Any]:
         """The job as JSON-ready data."""
-        return asdict(self)
+        payload = asdict(self) | {"warnings": list(self.warnings)}
+        if self.webhook:
+            payload["webhook"]["events"] = list(self.webhook.events)
+        return payload
 
     @classmethod
     def from_payload(cls, payload: dict[str, Any]) -> Self:
         """The job of a payload; SchemaUnknown if another Darkroom wrote it."""
-        if payload.get("schema") != SCHEMA:
+        if payload.get("schema") not in READ_SCHEMAS:
             raise SchemaUnknown(payload.get("schema"), SCHEMA)
         known = dict(payload)
+        webhook = known.pop("webhook", None)
         return cls(
             params=GenerationParams(**known.pop("params")),
             output=Output(**known.pop("output")),
+            warnings=tuple(known.pop("warnings", ())),
+            webhook=Webhook(url=webhook["url"], events=tuple(webhook["events"])) if webhook else None,
             **known,
         )
 
@@ -99,6 +136,7 @@ class Picture:
     height: int
     format: OutputFormat
     bytes: int
+    filtered: bool | None = None  # by the safety filter: blurred; None: nothing was checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +157,7 @@ class Result:
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage: text_encode, noise, denoise, vae_decode
     expires_at: float | None = None  # Unix seconds; when the pictures go
     fingerprint: str | None = None  # of all that the pictures' bytes depend on beside the job
+    gpu_seconds: float = 0.0  # its share of the time of the batches that it rode in
 
     def to_json(self) -> str:
         """The result as JSON."""
@@ -158,6 +197,7 @@ class JobView:
     ended_at: float | None = None
     cancel_requested: bool = False
     result: Result | None = None  # once ended
+    deliveries: tuple[dict[str, Any], ...] = ()  # of its webhooks, newest last: event, at, attempt, status, ...
 
 
 def queue_name(model: str, priority: Priority) -> str:

@@ -222,7 +222,7 @@ class Operations:
             "timeout": int(timeout),
         }  # RQ's timeout is the length, not the end
         fields = [part for pair in record.items() for part in pair]
-        answer = self._run("retry", job_id, self._bound, job.deadline, *fields)
+        answer = self._run("retry", job_id, self._bound, *fields)
         if isinstance(answer, bytes):
             return Retried(id=job_id, refused=REFUSALS.get(answer.decode(), f"it is {answer.decode()}"))
         return Retried(id=job_id, position=int(answer))

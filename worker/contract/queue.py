@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import math
 import re
+import secrets
 from collections import Counter
+from collections.abc import AsyncGenerator
 from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any, Self, cast
 
 import redis.asyncio
@@ -14,13 +20,23 @@ from redis.commands.core import AsyncScript
 from rq.defaults import RQ_KEY_PREFIX
 
 from worker.contract.cards import ModelCard
-from worker.contract.errors import ModelDraining, QueueFull, UnknownGeneration
-from worker.contract.events import EndedJobs
+from worker.contract.errors import (
+    IdempotencyKeyReused,
+    ModelDraining,
+    QueueFull,
+    SchemaUnknown,
+    TooManyJobs,
+    UnknownGeneration,
+)
+from worker.contract.events import ENDINGS, EVENT_ID, FIRST, Event, JobEvents
 from worker.contract.job import PRIORITIES, TERMINAL, Job, JobView, Priority, queue_name
 from worker.contract.link import link_options, reaching_redis, retry_once_async
+from worker.contract.load import Load
+from worker.contract.orphans import Orphans
 from worker.contract.record import RecordWriter, read_view
 from worker.contract.settings import ContractSettings
 from worker.contract.transitions import script
+from worker.contract.usage import USAGE_DAYS, Usage, read_usage
 
 CARDS = "darkroom:cards"
 WORKERS = "darkroom:workers"
@@ -30,8 +46,13 @@ WORKER_SEEN_S = 10
 RECHECK_S = 2.0
 """How often a waiter looks for itself: a published message may be lost."""
 
+FOLLOW_RECHECK_S = 15.0
+"""The same for those who follow a job's events."""
+
 RETRY_AFTER_S = 10
-"""What a client turned away by a full queue is told to wait."""
+"""What a client turned away by a full queue is told to wait, where nobody knows how long that will be."""
+
+LONGEST_RETRY_AFTER_S = 3600
 
 DRAIN_RETRY_AFTER_S = 30
 """The same for a model that is being drained, which takes longer."""
@@ -49,6 +70,36 @@ CONNECTION_WAIT_S = 5.0
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
+SECRET = "darkroom:secret"
+SECRET_BYTES = 32
+
+IDEMPOTENCY_S = 86_400
+"""How long an idempotency key is kept."""
+
+
+@dataclass(frozen=True)
+class Idempotency:
+    """A client's own name for a request, so that asking again asks for nothing new."""
+
+    scope: str  # owner and route: the same key elsewhere is another key
+    key: str
+    fingerprint: str  # SHA-256 in hex of the canonical request
+
+    @property
+    def name(self) -> str:
+        """What Redis calls it."""
+        return hashlib.sha256(f"{self.scope}\0{self.key}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The answer to a request for a job: of the first one, where an idempotency key came again."""
+
+    job_id: str
+    position: int  # jobs of its model that went before it then
+    replayed: bool
+
+
 class JobQueue:
     """All jobs of all models, for one gateway process. Every method raises QueueUnavailable when Redis is away."""
 
@@ -56,8 +107,9 @@ class JobQueue:
         self._redis = redis
         self._bound = settings.queue_bound
         self._records = RecordWriter(settings.record_lifetime_s)
-        self._ended = EndedJobs(redis)
-        names = ("submit", "view", "cancel", "reap")
+        self._events = JobEvents(redis)
+        self.orphans = Orphans(redis)
+        names = ("submit", "view", "page", "cancel", "forget", "reap", "load", "expire")
         self._scripts: dict[str, AsyncScript] = {name: redis.register_script(script(name)) for name in names}
 
     @classmethod
@@ -74,7 +126,7 @@ class JobQueue:
 
     async def close(self) -> None:
         """Stops listening and closes all connections."""
-        await self._ended.close()
+        await self._events.close()
         await self._redis.aclose()
 
     async def ping(self) -> None:
@@ -82,19 +134,34 @@ class JobQueue:
         with reaching_redis():
             await cast(Any, self._redis.ping())
 
-    async def submit(self, job: Job) -> int:
-        """Puts the job in its queue and returns how many of its model go before it; QueueFull, ModelDraining.
+    async def submit(
+        self, job: Job, *, idempotency: Idempotency | None = None, max_active: int | None = None
+    ) -> Accepted:
+        """Puts the job in its queue. QueueFull, ModelDraining, TooManyJobs, IdempotencyKeyReused.
+
+        idempotency: the first job of this key stands for all later ones, for a day or as long as its record is kept.
+        max_active: how many jobs its owner may have that have not ended.
 
         Submitting the same id again changes nothing, so that a caller may try again after QueueUnavailable.
         """
-        answer = await self._run(
-            "submit", job.id, job.model, job.priority, self._bound, job.deadline, *self._records.fields(job)
-        )
-        if answer == b"full":
-            raise QueueFull(job.model, self._bound, RETRY_AFTER_S)
-        if answer == b"draining":
-            raise ModelDraining(job.model, DRAIN_RETRY_AFTER_S)
-        return int(answer)
+        once = idempotency or Idempotency("", "", "")
+        key = idempotency.name if idempotency else ""
+        answer, *position = await self._run(
+            "submit", job.id, job.model, job.priority, self._bound, job.owner,
+             -1 if max_active is None else max_active, key, once.fingerprint, IDEMPOTENCY_S,
+            *self._records.fields(job),
+        )  # fmt: skip
+        match answer:
+            case b"full":
+                raise QueueFull(job.model, self._bound, await self._retry_after_s(job))
+            case b"draining":
+                raise ModelDraining(job.model, DRAIN_RETRY_AFTER_S)
+            case b"many":
+                raise TooManyJobs(max_active or 0, await self._retry_after_s(job))
+            case b"reused":
+                raise IdempotencyKeyReused(once.key)
+        job_id = answer.decode()
+        return Accepted(job_id, int(position[0]), replayed=job_id != job.id)
 
     async def view(self, job_id: str) -> JobView:
         """The job as it is now; past its deadline it has failed. UnknownGeneration."""
@@ -104,11 +171,66 @@ class JobQueue:
         """Cancels a queued job at once, asks for a running one to stop, leaves an ended one. UnknownGeneration."""
         return await self._record("cancel", job_id)
 
+    async def page(self, owner: str, *, limit: int, before: str | None = None) -> list[JobView]:
+        """An owner's jobs, newest first, at most `limit`; those older than the job `before`, which may be gone."""
+        if limit < 1 or (before is not None and not JOB_ID.fullmatch(before)):
+            return []
+        views = []
+        for record in await self._run("page", owner, limit, before or ""):
+            with suppress(SchemaUnknown):  # of a newer Darkroom, for its gateways to show
+                views.append(read_view(record))
+        return views
+
+    async def forget(self, job_id: str) -> bool:
+        """Forgets a job, after ending it if need be; False if there is none. The caller deletes its pictures."""
+        return bool(JOB_ID.fullmatch(job_id) and await self._run("forget", job_id))
+
+    async def expected_wait(self, model: str, priority: Priority, owner: str | None = None) -> float | None:
+        """Seconds until a job submitted now would start; None: no worker holds the model, or none has measured itself.
+
+        owner: whose job it would be, which gets its turn among the owners of those that wait; None: behind all.
+        """
+        who = () if owner is None else (owner, queue_name(model, priority))
+        return (await self._load(*who)).wait_s(model, priority)
+
+    async def outstanding(self) -> dict[str, float | None]:
+        """Seconds of work queued and running, by known model; None: its speed was never measured."""
+        load, cards = await self._load(), await self.cards()
+        return {model: load.outstanding_s(model) for model in cards}
+
+    async def expired_pictures(self, most: int) -> list[str]:
+        """Ids of at most so many jobs whose pictures' time is up, each given once: the caller deletes their pictures.
+
+        Among them are jobs that came to nothing, for their workers may have left pictures behind.
+        """
+        return [job_id.decode() for job_id in await self._run("expire", most)]
+
+    async def usage(self, days: int) -> list[Usage]:
+        """What was done for each owner on each of the last `days` days (UTC), today among them, newest day first."""
+        with reaching_redis():
+            seconds, _micros = await cast(Any, self._redis.time())
+            today = datetime.fromtimestamp(seconds, UTC).date()
+            names = [(today - timedelta(days=back)).isoformat() for back in range(min(days, USAGE_DAYS))]
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for name in names:
+                    pipe.hgetall(f"darkroom:usage:{name}")
+                found = await pipe.execute()
+        return [row for name, counters in zip(names, found, strict=True) for row in read_usage(name, counters)]
+
+    async def secret(self) -> bytes:
+        """The 256 random bits that all processes on this Redis share; made by whoever asks first."""
+        with reaching_redis():
+            async with self._redis.pipeline(transaction=True) as pipe:
+                pipe.set(SECRET, secrets.token_bytes(SECRET_BYTES), nx=True)
+                pipe.get(SECRET)
+                _made, secret = await pipe.execute()
+        return cast(bytes, secret)
+
     async def wait(self, job_id: str, timeout_s: float) -> JobView:
         """The job once it has ended, or as it is when the time is up. UnknownGeneration."""
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout_s
-        async with self._ended.watch(job_id) as ended:
+        with self._events.watch(job_id) as ended:
             while True:
                 ended.clear()
                 view = await self.view(job_id)
@@ -118,6 +240,32 @@ class JobQueue:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(min(left, RECHECK_S)):
                         await ended.wait()
+
+    async def events(self, job_id: str, after: str = FIRST) -> AsyncGenerator[Event, None]:
+        """What happened to a job after that event, then what happens to it, until it has ended. UnknownGeneration.
+
+        after: the id of an event; with any other text, all that are kept are told again.
+        """
+        last, following = after if EVENT_ID.fullmatch(after) else FIRST, False
+        with self._events.follow(job_id) as unread:
+            while True:
+                try:
+                    view = await self.view(job_id)
+                except UnknownGeneration:
+                    if following:
+                        return  # forgotten meanwhile
+                    raise
+                following, past = True, await self._events.history(job_id, last)
+                for event in past:
+                    last = event.id
+                    yield event
+                if view.status in TERMINAL:
+                    return
+                if past and past[-1].name in ENDINGS:
+                    continue
+                async for event in unread.after(last, FOLLOW_RECHECK_S):
+                    last = event.id
+                    yield event
 
     async def watch(self, job_id: str) -> None:
         """Asks for previews of a job for the next WATCH_S seconds; a worker makes none that nobody asked for."""
@@ -158,6 +306,14 @@ class JobQueue:
                 for queue in queues:
                     pipe.llen(f"{RQ_KEY_PREFIX}:queue:{queue_name(*queue)}")
                 return dict(zip(queues, await pipe.execute(), strict=True))
+
+    async def _retry_after_s(self, job: Job) -> int:
+        """When a client that was turned away may come again: once a job of its own would start."""
+        wait_s = await self.expected_wait(job.model, job.priority, job.owner)
+        return RETRY_AFTER_S if wait_s is None else max(1, min(LONGEST_RETRY_AFTER_S, math.ceil(wait_s)))
+
+    async def _load(self, *who: str) -> Load:
+        return Load.from_json(await self._run("load", WORKER_SEEN_S, *who))
 
     async def _record(self, transition: str, job_id: str) -> JobView:
         if not JOB_ID.fullmatch(job_id):

@@ -64,7 +64,17 @@ class RecordWriter:
 
     def twin(self, job: Job) -> RQJob:
         """The job as RQ's own."""
-        meta = {"schema": job.schema, "model": job.model, "priority": job.priority, "deadline": job.deadline}
+        meta: dict[str, Any] = {
+            "schema": job.schema,
+            "model": job.model,
+            "priority": job.priority,
+            "deadline": job.deadline,
+            "owner": job.owner,
+            "work": job.pixel_steps,
+            "pictures": job.num_images,
+        }
+        if job.webhook:
+            meta["webhook"] = list(job.webhook.events)
         twin = RQJob.create(
             f"{execute.__module__}.{execute.__name__}",
             args=[job.to_payload()],
@@ -111,6 +121,7 @@ def read_view(record: Sequence[Any]) -> JobView:
         ended_at=read_time(fields.get(b"ended_at")),
         cancel_requested=b"cancel_requested" in fields,
         result=_result(fields, status) if status in TERMINAL else None,
+        deliveries=tuple(json.loads(line) for line in fields.get(b"deliveries", b"").splitlines()),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import redis
@@ -17,7 +17,7 @@ from rq.serializers import JSONSerializer
 from tests.worker.contract.test_queue import card
 from worker.contract import transitions
 from worker.contract.errors import ModelDraining, QueueUnavailable, UnknownGeneration, UnknownModel
-from worker.contract.job import Failure, Result
+from worker.contract.job import SCHEMA, Failure, Result
 from worker.contract.operations import Operations
 from worker.contract.queue import JobQueue
 
@@ -203,7 +203,7 @@ async def test_draining_model_refuses_new_jobs_and_does_those_that_wait(operatio
     assert caught.value.retry_after_s > 0
     with pytest.raises(UnknownGeneration):
         await queue.view(refused.id)
-    assert await queue.submit(waiting) == 0  # accepted before
+    assert (await queue.submit(waiting)).position == 0  # accepted before
     await submit(queue, make_job(model="other"))
     assert [claim.job.id for claim in intake.claim(["demo"], 5)] == [waiting.id]
 
@@ -391,8 +391,8 @@ async def test_job_of_another_application_is_not_retried(operations, client):
 
 
 async def test_job_of_another_schema_is_not_retried(operations, queue, make_job):
-    job = await submit(queue, make_job(schema=2))
-    assert "schema 2" in operations.retry(job.id).refused
+    job = await submit(queue, make_job(schema=SCHEMA + 1))
+    assert f"schema {SCHEMA + 1}" in operations.retry(job.id).refused
 
 
 async def test_full_queue_refuses_a_retry_and_leaves_the_job_failed(settings, intake, make_job):
@@ -511,7 +511,7 @@ def test_every_verb_says_that_redis_is_not_there(own_valkey, settings):
 
 def test_every_key_of_ours_is_documented(client):
     """The list of keys in the transitions' docstring is the whole list."""
-    scripts = [part.read_text() for part in files(transitions).iterdir() if part.name.endswith(".lua")]
-    used = set(re.findall(r"'(darkroom:[a-z_]+:?)'", "\n".join(scripts)))
+    sources = [*Path(transitions.__file__).parent.glob("*.lua"), *Path(transitions.__file__).parent.parent.glob("*.py")]
+    used = set(re.findall(r"['\"](darkroom:[a-z_]+:?)", "\n".join(source.read_text() for source in sources)))
     listed = set(re.findall(r"^(darkroom:[a-z_]+:?)", transitions.__doc__, re.MULTILINE))
     assert used == listed

@@ -236,7 +236,15 @@ async def test_ended_job_leaves_only_keys_that_expire(queue, intake, make_job, c
     assert of_job == {prefix + job.id.encode() for prefix in kept}
     assert all(0 < client.ttl(key) <= LIFETIME_S for key in of_job)
     registry = re.compile(rb"rq:(finished|failed|canceled):darkroom\.demo\.normal")
-    assert {key for key in keys - of_job if not registry.fullmatch(key)} <= {b"rq:queues", b"darkroom:leases"}
+    assert {key for key in keys - of_job if not registry.fullmatch(key)} <= {
+        b"rq:queues",
+        b"darkroom:leases",
+        b"darkroom:owner:",
+        b"darkroom:pictures",
+        *client.keys("darkroom:usage:*"),
+    }
+    assert 0 < client.ttl("darkroom:owner:") <= LIFETIME_S
+    assert all(client.ttl(key) > 0 for key in client.keys("darkroom:usage:*"))
 
 
 async def test_registries_forget_jobs_whose_records_are_gone(queue, make_job, client):

@@ -1,29 +1,52 @@
 """The transitions of a job: each one Lua script that Redis runs whole or not at all.
 
 submit -> claim -> commit, and cancel and progress beside them. A worker holds what it claimed under a lease: renew,
-hand_back, retire; reap and bury take it from a worker that is gone. Either side runs them. An operator's are retry,
-purge and status. A job ends once in each of its lives: each has one terminal event, and only retry begins another.
+hand_back, retire; reap and bury take it from a worker that is gone. Either side runs them. view, page and load read;
+forget leaves nothing, expire tells whose pictures may go; send and sent are for whoever calls webhooks. An operator's
+are retry, purge and status. A job ends once in each of its lives: each has one terminal event, and only retry begins
+another.
 
 What Redis holds beside RQ's own keys (`rq:job:<id>`, `rq:queue:<queue>`, `rq:<registry>:<queue>`, ...):
 
 darkroom:cards              hash    model -> its card as JSON, for good
 darkroom:workers            zset    JSON of [model, worker] -> when the worker was last heard of
+darkroom:speeds:<worker>    hash    model -> megapixel-steps a second
+darkroom:speed              hash    model -> the same, as a worker last measured it, for good
 darkroom:leases             zset    worker -> the end of its lease
 darkroom:held:<worker>      set     'id:execution' of all that it holds
+
 darkroom:deadlines          zset    id of every job not yet ended -> its deadline
+darkroom:open               hash    id of every job not yet ended -> JSON of where it is and what it counts for
+darkroom:active:<owner>     set     ids of an owner's jobs that have not ended
+darkroom:owner:<owner>      zset    ids of all jobs of an owner, which sort by time
+darkroom:turns:<queue>      zset    owners with jobs in a queue -> their turn, a number
+darkroom:line:<queue>:<o>   zset    ids of an owner's jobs in a queue, first come first
+darkroom:rounds             hash    queue -> the last turn taken in it; 'came:<queue>' -> how many owners came
+darkroom:load               hash    of each queue and model: how many jobs wait and run, and their pixel-steps
 darkroom:suspects:<group>   set     ids of jobs that run with nothing beside them but each other
+
 darkroom:events:<id>        stream  event and data: queued, running, progress, preview, succeeded, failed, canceled
 darkroom:watch:<id>         string  exists while somebody wants to see previews
 darkroom:preview:<id>       string  the latest preview, for a short while
+darkroom:pictures           zset    id of a job that may have pictures -> when they are to go
+darkroom:outbox             zset    'id:event' of what a webhook is to be told -> when that is due
+darkroom:outbox_entries     hash    of the same: JSON of at, attempt, sender
+darkroom:idempotency:<key>  hash    of the first job of a key: id, position, fingerprint of the request
+darkroom:orphans:<request>  list    ids of jobs whose client went away: whoever asks the same gets one
+darkroom:usage:<day>        hash    JSON of [owner, model, counter] -> number, for 91 days
+
 darkroom:paused             set     models that no worker claims for
 darkroom:draining           set     models that no new job is accepted for
 darkroom:reaped_at          string  when somebody last reaped
 darkroom:graced_at          string  when all leases were last extended, for nobody had reaped
+darkroom:keys               hash    id of an API key -> JSON of it, without its secret
+darkroom:keys:used          hash    id of an API key -> when it was last used
+darkroom:secret             string  random bytes that all processes share, for good
 
 And what is said on its channels:
 
 darkroom:submitted          a model that has something to claim
-darkroom:ended              the id of a job that ended
+darkroom:event              each event: the job's id, the event's id in its stream, its name and its data
 darkroom:stop:<worker>      the id of a job that the worker should stop
 """
 
@@ -42,6 +65,9 @@ WORKER_LOST = Failure(
     code="worker_lost", message="the worker's process died each time that it ran this job with nothing beside it"
 )
 
+PARTS = ("common", "events", "turns", "books", "lives")
+"""What comes before every transition's own lines."""
+
 LEASE_S = 6.0
 """How long a worker that says nothing keeps its jobs."""
 
@@ -49,11 +75,11 @@ LEASE_S = 6.0
 def script(name: str) -> str:
     """The Lua source of a transition, complete."""
     folder = files(__package__)
-    return "\n".join([_constants(), *((folder / f"{part}.lua").read_text("utf-8") for part in ("common", name))])
+    return "\n".join([_constants(), *((folder / f"{part}.lua").read_text("utf-8") for part in (*PARTS, name))])
 
 
 def _constants() -> str:
-    """What common.lua expects to be defined."""
+    """What the parts expect to be defined."""
     endings = {
         "LATE_QUEUED": encode("failed", Result(failure=LATE_QUEUED)),
         "LATE_STARTED": encode("failed", Result(failure=LATE_STARTED)),

@@ -1,36 +1,37 @@
--- Starts up to `want` jobs: high before normal before low; one of each model in turn; first come, first served in a queue.
--- Jobs of another schema stay where they are, late ones fail, ids without a job are dropped, paused models are passed over.
+-- Starts up to `want` jobs: high before normal before low; one of each model in turn; in a queue one of each owner in
+-- turn; first come, first served of an owner.
+-- Jobs of a newer schema stay where they are, late ones fail, ids without a job are dropped, paused models are passed over.
 -- A group of suspects (see `bury`) starts whole, and only where nothing else runs: a worker that meets one while it holds
 -- other jobs gets no more until it is idle.
 -- ARGV: worker, schema, want, how many jobs it holds, number of models, models, then `want` execution ids.
 -- Returns for each: id, execution, data, enqueued_at, started_at, group of suspects or ''.
 local worker, schema, want, holding, models = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
-local CHUNK = 50
 local reply, taken, closed = {}, 0, false
 
--- The next job of one queue that may start, taken off its list, with its group; nil at its end. What stays is counted in `left`.
+-- The next job of one queue that may start: id, meta, group, owner and turn; nil if there is none.
+-- scan.stay counts the jobs that stay where they are, by owner; scan.passed the owners all of whose jobs stay.
 local function take(scan)
   while not closed do
-    scan.at = scan.at + 1
-    if scan.at > #scan.ids then
-      scan.ids, scan.at = redis.call('LRANGE', scan.list, scan.left, scan.left + CHUNK - 1), 1
-      if #scan.ids == 0 then return nil end
-    end
-    local id = scan.ids[scan.at]
-    local status = redis.call('HGET', job_key(id), 'status')
-    local meta = meta_of(id)
-    if status ~= 'queued' then
-      redis.call('LREM', scan.list, 1, id)
-    elseif not meta or meta.schema ~= schema then
-      scan.left = scan.left + 1
+    local head = redis.call('ZRANGE', turns_key(scan.queue), scan.passed, scan.passed, 'WITHSCORES')
+    if #head == 0 then return nil end
+    local owner, stay = head[1], scan.stay[head[1]] or 0
+    local id = redis.call('ZRANGE', line_key(scan.queue, owner), stay, stay)[1]
+    local status = id and redis.call('HGET', job_key(id), 'status')
+    local meta = id and meta_of(id)
+    if not id then
+      scan.passed = scan.passed + 1
+    elseif status ~= 'queued' then
+      redis.call('LREM', list_key(scan.queue), 1, id)
+      cross_out(id)
+    elseif not meta or meta.schema > schema then
+      scan.stay[owner] = stay + 1
     elseif not end_if_late(id, status, meta) then
       local group = redis.call('HGET', job_key(id), 'group')
       if group and holding + taken > 0 then
         closed = true
         return nil
       end
-      redis.call('LREM', scan.list, 1, id)
-      return id, meta, group
+      return id, meta, group, owner, tonumber(head[2])
     end
   end
 end
@@ -39,6 +40,7 @@ local function start(id, meta, group)
   taken = taken + 1
   local execution, queue = ARGV[5 + models + taken], queue_of(meta.model, meta.priority)
   local key, pair, at = job_key(id), id .. ':' .. execution, iso_now()
+  redis.call('LREM', list_key(redis.call('HGET', key, 'origin')), 1, id)
   local ttl = math.max(0, math.ceil(tonumber(meta.deadline) - NOW)) + STARTED_MARGIN_S
   local ours = RQ .. 'worker:' .. worker .. ':executions'
   redis.call('HSET', RQ .. 'execution:' .. pair, 'id', execution, 'job_id', id, 'created_at', decimal(NOW),
@@ -56,7 +58,9 @@ local function start(id, meta, group)
   -- A job that an operator put back with RQ's tools has a past.
   redis.call('HDEL', key, 'outcome', 'step', 'steps', 'cancel_requested')
   redis.call('PERSIST', key)
-  redis.call('ZADD', DEADLINES, decimal(meta.deadline), id)
+  redis.call('ZREM', PICTURES, id)
+  open_books(id, meta, queue)
+  move(id, 'run')
   event(id, 'running')
   local f = redis.call('HMGET', key, 'data', 'enqueued_at')
   for _, value in ipairs({id, execution, f[1], f[2], at, group or ''}) do reply[#reply + 1] = value end
@@ -71,10 +75,9 @@ local function start_group(group)
   for _, id in ipairs(ids) do since[id] = redis.call('HGET', job_key(id), 'enqueued_at') or '' end
   table.sort(ids, function(a, b) return since[a] < since[b] end)
   for _, id in ipairs(ids) do
-    local f, meta = redis.call('HMGET', job_key(id), 'status', 'group', 'origin'), meta_of(id)
-    if f[1] == 'queued' and f[2] == group and taken < want and held[meta.model] and meta.schema == schema
+    local f, meta = redis.call('HMGET', job_key(id), 'status', 'group'), meta_of(id)
+    if f[1] == 'queued' and f[2] == group and taken < want and held[meta.model] and meta.schema <= schema
         and not end_if_late(id, f[1], meta) then
-      redis.call('LREM', list_key(f[3]), 1, id)
       start(id, meta, group)
     end
   end
@@ -85,18 +88,19 @@ end_late(100)
 for _, priority in ipairs(PRIORITIES) do
   local open = {}
   for m = 1, models do
-    local list = list_key(queue_of(ARGV[5 + m], priority))
     if redis.call('SISMEMBER', PAUSED, ARGV[5 + m]) == 0 then
-      open[#open + 1] = {list = list, ids = {}, at = 0, left = 0}
+      local queue = queue_of(ARGV[5 + m], priority)
+      if follow_list(queue) then open[#open + 1] = {queue = queue, passed = 0, stay = {}} end
     end
   end
   while #open > 0 and taken < want and not closed do
     local still = {}
     for _, scan in ipairs(open) do
       if taken == want then break end
-      local id, meta, group = take(scan)
+      local id, meta, group, owner, turn = take(scan)
       if id then
         start(id, meta, group)
+        take_turn(scan.queue, owner, turn)
         if group then start_group(group) end
         still[#still + 1] = scan
       end

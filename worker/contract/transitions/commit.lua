@@ -1,5 +1,6 @@
 -- Ends a started job for the execution that holds it; a repeated commit answers as the first did.
--- ARGV: id, execution, status (RQ's finished | failed | canceled), outcome, encoded.
+-- ARGV: id, execution, status (RQ's finished | failed | canceled), outcome, encoded, when its pictures go or '', milliseconds
+-- of the GPU that it took.
 -- Returns 1, or 0 when the fence fell: no longer ours, or a success that was canceled or came too late.
 local id, execution, asked = ARGV[1], ARGV[2], ARGV[3]
 local f = redis.call('HMGET', job_key(id), 'status', 'execution', 'cancel_requested')
@@ -13,5 +14,7 @@ if asked == 'finished' then
     return 0
   end
 end
-end_job(id, asked, {outcome = ARGV[4], encoded = ARGV[5]})
+end_job(id, asked, {
+  outcome = ARGV[4], encoded = ARGV[5], expires_at = ARGV[6] ~= '' and ARGV[6], gpu_ms = tonumber(ARGV[7]),
+})
 return 1

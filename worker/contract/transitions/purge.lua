@@ -2,13 +2,6 @@
 -- ARGV: 'queued' or 'failed', then ids. Returns how many; those that are something else by now are left alone.
 local asked, purged = ARGV[1], 0
 
-local function forget(id)
-  redis.call('ZREM', RQ .. 'failed:' .. redis.call('HGET', job_key(id), 'origin'), id)
-  redis.call('ZREM', DEADLINES, id)
-  leave_group(id)
-  redis.call('DEL', job_key(id), RQ .. 'results:' .. id, events_key(id))
-end
-
 for n = 2, #ARGV do
   local id = ARGV[n]
   if meta_of(id) and redis.call('HGET', job_key(id), 'status') == asked then

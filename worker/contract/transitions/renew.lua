@@ -1,6 +1,7 @@
--- A worker lives: renews its lease, notes which models it holds, and settles which jobs are its own.
+-- A worker lives: renews its lease, notes which models it holds and how fast they are, and settles which jobs are its own.
 -- Jobs that Redis gave to it in an answer that never arrived, and jobs that it let go of, go back to their queues.
--- ARGV: worker, number of models, models, then 'id:execution' of each job that it holds.
+-- ARGV: worker, number of models, each model and its megapixel-steps a second or '', then 'id:execution' of each job that it
+-- holds.
 -- Returns those that should stop: canceled, past their deadline, or no longer its own.
 local worker, models = ARGV[1], tonumber(ARGV[2])
 redis.call('ZADD', LEASES, decimal(NOW + LEASE_S), worker)
@@ -8,10 +9,19 @@ redis.call('ZREMRANGEBYSCORE', WORKERS, '-inf', decimal(NOW - 60))
 for _, member in ipairs(redis.call('ZRANGE', WORKERS, 0, -1)) do
   if cjson.decode(member)[2] == worker then redis.call('ZREM', WORKERS, member) end
 end
-for m = 1, models do redis.call('ZADD', WORKERS, decimal(NOW), cjson.encode({ARGV[2 + m], worker})) end
+redis.call('DEL', speeds_key(worker))
+for n = 3, 1 + 2 * models, 2 do
+  local model, speed = ARGV[n], ARGV[n + 1]
+  redis.call('ZADD', WORKERS, decimal(NOW), cjson.encode({model, worker}))
+  if speed ~= '' then
+    redis.call('HSET', speeds_key(worker), model, speed)
+    redis.call('EXPIRE', speeds_key(worker), 60)
+    redis.call('HSET', SPEED, model, speed)
+  end
+end
 
 local listed, stop = {}, {}
-for n = 3 + models, #ARGV do
+for n = 3 + 2 * models, #ARGV do
   local id, execution = string.match(ARGV[n], '^(.*):([^:]*)$')
   local f = redis.call('HMGET', job_key(id), 'status', 'execution', 'cancel_requested')
   local ours = f[1] == 'started' and f[2] == execution

@@ -1,0 +1,190 @@
+"""How much work there is and how long a job would wait; what was used; whose pictures are to go."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+
+import pytest
+
+from tests.worker.contract.test_queue import card
+from worker.contract.errors import QueueFull, TooManyJobs
+from worker.contract.job import Failure, Result
+from worker.contract.load import Load
+from worker.contract.operations import Operations
+from worker.contract.queue import JobQueue
+from worker.contract.usage import Usage
+
+WORK = 64 * 64 * 2 / 1e6  # megapixel-steps of one job of make_job
+GIVEN = {"model": "demo", "priority": "normal"}
+
+
+def near(seconds):
+    return pytest.approx(seconds, rel=1e-6)
+
+
+async def fill(queue, make_job, count, **fields):
+    jobs = [make_job(**fields) for _ in range(count)]
+    for job in jobs:
+        await queue.submit(job)
+    return jobs
+
+
+def test_work_counts_pixels_steps_rows_and_pictures(make_job):
+    job = make_job(num_images=3)
+    assert job.work == near(3 * WORK)
+
+
+async def test_wait_is_what_waits_by_the_speed_of_all_workers(queue, make_intake, make_job):
+    for name, speed in (("w1", WORK), ("w2", 3 * WORK)):
+        make_intake(name).renew(["demo"], {"demo": speed})
+    assert await queue.expected_wait(**GIVEN) == 0
+    await fill(queue, make_job, 8)
+    assert await queue.expected_wait(**GIVEN) == near(2.0)
+    assert await queue.expected_wait("demo", "high") == 0
+    assert await queue.expected_wait("demo", "low") == near(2.0)
+
+
+async def test_wait_is_for_room_where_jobs_run(queue, intake, make_job):
+    intake.renew(["demo"], {"demo": WORK})
+    await fill(queue, make_job, 4)
+    claims = intake.claim(["demo"], 2)
+    assert await queue.expected_wait(**GIVEN) == near(2.0 + 1.0)
+    for claim in claims:
+        intake.commit(claim, "succeeded", Result())
+    assert await queue.expected_wait(**GIVEN) == near(2.0)
+
+
+async def test_wait_is_unknown_without_a_worker_or_a_measure(queue, intake, make_job):
+    assert await queue.expected_wait(**GIVEN) is None
+    intake.renew(["demo"])
+    assert await queue.expected_wait(**GIVEN) is None
+    intake.renew(["demo"], {"demo": 1.0})
+    assert await queue.expected_wait(**GIVEN) == 0
+    intake.retire()
+    assert await queue.expected_wait(**GIVEN) is None
+
+
+async def test_worker_that_has_not_measured_yet_is_taken_to_be_as_fast_as_the_last(queue, make_intake, make_job):
+    make_intake("w1").renew(["demo"], {"demo": WORK})
+    make_intake("w2").renew(["demo"])
+    await fill(queue, make_job, 4)
+    assert await queue.expected_wait(**GIVEN) == near(2.0)
+
+
+async def test_new_owner_waits_for_its_turn_not_for_all(queue, intake, make_job):
+    intake.renew(["demo"], {"demo": WORK})
+    await fill(queue, make_job, 10, owner="a")
+    assert await queue.expected_wait("demo", "normal", "a") == near(10.0)
+    assert await queue.expected_wait("demo", "normal", "b") <= 2.0
+    assert await queue.expected_wait(**GIVEN) == near(10.0)
+
+
+async def test_models_of_one_worker_wait_for_each_other(queue, intake, make_job):
+    intake.renew(["demo", "other"], {"demo": WORK, "other": WORK})
+    await fill(queue, make_job, 2)
+    await fill(queue, make_job, 10, model="other")
+    assert await queue.expected_wait("demo", "normal") == near(2.0 + 2.0)
+    assert await queue.expected_wait("other", "normal") == near(10.0 + 2.0)
+
+
+async def test_outstanding_is_queued_and_running_work_by_known_model(queue, intake, make_job):
+    intake.publish([card("demo"), card("other"), card("idle")])
+    intake.renew(["demo", "other", "idle"], {"demo": 2 * WORK, "idle": 1.0})
+    await fill(queue, make_job, 4)
+    await fill(queue, make_job, 1, model="other")
+    intake.claim(["demo"], 1)
+    assert await queue.outstanding() == {"demo": near(2.0), "idle": 0.0, "other": None}
+    intake.retire()
+    assert (await queue.outstanding())["demo"] == near(2.0)  # a worker as fast as the last would need as long
+
+
+async def test_full_queue_tells_when_to_come_back_by_its_work(settings, intake, make_job):
+    queue = JobQueue.connect(settings.model_copy(update={"queue_bound": 3}))
+    await fill(queue, make_job, 3)
+    for speed, seconds in ((WORK / 6.9, 21), (WORK / 1e5, 3600), (1e6, 1)):
+        intake.renew(["demo"], {"demo": speed})
+        with pytest.raises(QueueFull) as caught:
+            await queue.submit(make_job())
+        assert caught.value.retry_after_s == seconds
+    await queue.close()
+
+
+async def test_owner_with_too_many_jobs_is_told_when_to_come_back(queue, intake, make_job):
+    intake.renew(["demo"], {"demo": WORK / 6.9})
+    await queue.submit(make_job(owner="a"), max_active=1)
+    with pytest.raises(TooManyJobs) as caught:
+        await queue.submit(make_job(owner="a"), max_active=1)
+    assert caught.value.retry_after_s == 7
+
+
+def test_load_of_nothing_is_read():
+    load = Load.from_json('{"workers":{},"speed":{},"load":{}}')
+    assert (load.speed("demo"), load.wait_s("demo", "normal"), load.outstanding_s("demo")) == (None, None, None)
+
+
+def today():
+    return datetime.now(UTC).date().isoformat()
+
+
+async def test_usage_counts_what_was_done_by_owner_and_model(queue, intake, make_job):
+    await fill(queue, make_job, 1, owner="a", num_images=3)
+    await fill(queue, make_job, 2, owner="b")
+    await fill(queue, make_job, 1, owner="b", model="other")
+    ending = {"a": "succeeded", "b": "failed"}
+    for claim in intake.claim(["demo", "other"], 9):
+        failure = Failure(code="x", message="y")
+        intake.commit(claim, ending[claim.job.owner], Result(gpu_seconds=1.25, failure=failure))
+    (canceled,) = await fill(queue, make_job, 1, owner="b")
+    await queue.cancel(canceled.id)
+    day = today()
+    assert await queue.usage(7) == [
+        Usage(day=day, owner="a", model="demo", jobs=1, pictures=3, megapixel_steps=near(3 * WORK), gpu_seconds=1.25),
+        Usage(day=day, owner="b", model="demo", jobs=3, pictures=0, megapixel_steps=0.0, gpu_seconds=2.5),
+        Usage(day=day, owner="b", model="other", jobs=1, pictures=0, megapixel_steps=0.0, gpu_seconds=1.25),
+    ]
+
+
+async def test_usage_outlives_the_job_and_is_of_the_days_asked_for(queue, make_job, client):
+    (job,) = await fill(queue, make_job, 1, owner='"; a')
+    await queue.forget(job.id)
+    (key,) = client.keys("darkroom:usage:*")
+    client.rename(key, "darkroom:usage:2020-01-01")
+    assert await queue.usage(90) == []
+    client.rename("darkroom:usage:2020-01-01", key)
+    (row,) = await queue.usage(1)
+    assert (row.owner, row.jobs) == ('"; a', 1)
+    assert 89 * 86_400 < client.ttl(key) <= 91 * 86_400
+
+
+async def test_pictures_expire_at_their_time_and_are_told_once(queue, intake, make_job, client):
+    jobs = await fill(queue, make_job, 3)
+    now = time.time()
+    for claim, expires_at in zip(intake.claim(["demo"], 3), (now - 2, now - 1, now + 100), strict=True):
+        intake.commit(claim, "succeeded", Result(expires_at=expires_at))
+    assert await queue.expired_pictures(1) == [jobs[0].id]
+    assert await queue.expired_pictures(9) == [jobs[1].id]
+    assert await queue.expired_pictures(9) == []
+    assert client.zrange("darkroom:pictures", 0, -1) == [jobs[2].id.encode()]
+
+
+async def test_what_a_failed_or_forgotten_job_may_have_stored_goes_soon(queue, intake, make_job, client):
+    jobs = await fill(queue, make_job, 3)
+    failed, forgotten, running = intake.claim(["demo"], 3)
+    intake.commit(failed, "failed", Result())
+    intake.commit(forgotten, "succeeded", Result(expires_at=time.time() + 1e6))
+    for claim in (forgotten, running):
+        await queue.forget(claim.job.id)
+    assert await queue.expired_pictures(9) == []
+    for job in jobs:
+        client.zincrby("darkroom:pictures", -601, job.id)
+    assert set(await queue.expired_pictures(9)) == {job.id for job in jobs}
+
+
+async def test_pictures_of_a_job_in_a_new_life_are_not_those_that_expire(queue, intake, settings, make_job, client):
+    (job,) = await fill(queue, make_job, 1)
+    (claim,) = intake.claim(["demo"], 1)
+    intake.commit(claim, "failed", Result())
+    with Operations.connect(settings) as operations:
+        operations.retry(job.id)
+    assert client.zscore("darkroom:pictures", job.id) is None

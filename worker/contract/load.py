@@ -1,0 +1,94 @@
+"""How much work there is, how fast it is done, and so how long a new job would wait.
+
+Work is counted in megapixel-steps (`Job.work`), and a worker's speed in those a second, while it is busy. Work of one
+model is shared by all workers that hold it; a worker that holds several models takes turns between them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from worker.contract.job import PRIORITIES, Priority, queue_name
+
+MEGA = 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """All queues and workers at one moment. The numbers are as the transitions keep them: pixel-steps."""
+
+    workers: tuple[tuple[str, str, float | None], ...]  # model, worker, its megapixel-steps a second if measured
+    last_speed: dict[str, float] = field(default_factory=dict)  # of one worker, by model, as last measured
+    counts: dict[str, float] = field(default_factory=dict)  # jobs:<queue> waiting:<queue> runs:<model> running:<model>
+    ahead: int | None = None  # jobs that go before a new one of the owner asked about, in its queue
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """The load as the transition gives it, in which what is empty may be of any kind."""
+        seen: dict[str, Any] = json.loads(text)
+        return cls(
+            workers=tuple((w[0], w[1], float(w[2]) if len(w) > 2 and w[2] else None) for w in seen["workers"] or ()),
+            last_speed=dict(seen["speed"] or {}),
+            counts=dict(seen["load"] or {}),
+            ahead=seen.get("ahead"),
+        )
+
+    def speed(self, model: str) -> float | None:
+        """Megapixel-steps a second of all live workers that hold the model; None: there are none, or none measured."""
+        speeds = [speed or self.last_speed.get(model) for name, _, speed in self.workers if name == model]
+        return sum(speed for speed in speeds if speed) or None
+
+    def outstanding_s(self, model: str) -> float | None:
+        """Seconds of work of a model, queued and running; by one worker where none is alive. None: never measured."""
+        speed = self.speed(model) or self.last_speed.get(model)
+        work = self._waiting(model, PRIORITIES) + self.counts.get(f"running:{model}", 0) / MEGA
+        return work / speed if speed else None
+
+    def wait_s(self, model: str, priority: Priority) -> float | None:
+        """Seconds until a new job would start; None: there is no worker, or its speed is not known.
+
+        What waits before it is done first; where its workers hold other models too, those get turns of theirs, at most
+        as long as its own. Then it waits for one running job to make room.
+        """
+        speed = self.speed(model)
+        if not speed:
+            return None
+        own = self._ahead(model, priority) / speed
+        beside = sum(min(own, self._others_s(other, priority)) for other in self._beside(model))
+        return own + beside + self._room_s(model)
+
+    def _ahead(self, model: str, priority: Priority) -> float:
+        """Megapixel-steps that go before a new job: all of higher priority; of its own, the share of the jobs ahead."""
+        higher = PRIORITIES[: PRIORITIES.index(priority)]
+        queue = queue_name(model, priority)
+        jobs, share = self.counts.get(f"jobs:{queue}", 0), 1.0
+        if self.ahead is not None and jobs:
+            share = min(1.0, self.ahead / jobs)
+        return self._waiting(model, higher) + share * self._waiting(model, [priority])
+
+    def _waiting(self, model: str, priorities: Iterable[Priority]) -> float:
+        return sum(self.counts.get(f"waiting:{queue_name(model, p)}", 0) for p in priorities) / MEGA
+
+    def _others_s(self, model: str, priority: Priority) -> float:
+        speed = self.speed(model)
+        upto = PRIORITIES[: PRIORITIES.index(priority) + 1]
+        return self._waiting(model, upto) / speed if speed else 0.0
+
+    def _beside(self, model: str) -> set[str]:
+        """The other models of the workers that hold this one."""
+        holders = {worker for name, worker, _ in self.workers if name == model}
+        return {name for name, worker, _ in self.workers if worker in holders} - {model}
+
+    def _room_s(self, model: str) -> float:
+        """Seconds of the average running job, of this model or one beside it; 0 where none runs."""
+        models = {model, *self._beside(model)}
+        runs = sum(self.counts.get(f"runs:{name}", 0) for name in models)
+        seconds = sum(self._running_s(name) for name in models)
+        return seconds / runs if runs else 0.0
+
+    def _running_s(self, model: str) -> float:
+        speed = self.speed(model)
+        return self.counts.get(f"running:{model}", 0) / MEGA / speed if speed else 0.0
