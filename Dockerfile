@@ -53,7 +53,8 @@ ENV PATH=/opt/darkroom/bin:$PATH \
     DARKROOM_STORE_DIR=/var/lib/darkroom/pictures
 RUN groupadd --gid 10001 darkroom \
     && useradd --uid 10001 --gid 10001 --home-dir /var/lib/darkroom --shell /usr/sbin/nologin --no-log-init darkroom \
-    && install -d -o 10001 -g 10001 /var/lib/darkroom /var/lib/darkroom/pictures
+    && install -d -o 10001 -g 10001 /var/lib/darkroom /var/lib/darkroom/pictures \
+    && install -d -o 10001 -g 10001 -m 0700 /var/lib/darkroom/secrets
 WORKDIR /var/lib/darkroom
 USER 10001:10001
 ENTRYPOINT ["darkroom"]

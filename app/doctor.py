@@ -19,8 +19,11 @@ import typer
 
 from app.client import Client, Refused, Unreachable
 from app.embedded import MIN_VERSION, connect, find_server, parse_version
-from app.stack import StackSettings, listen_error
-from worker.contract.errors import StoreUnavailable
+from app.operator import find_redis
+from app.settings import is_loopback
+from app.stack import StackSettings, client_host, listen_error
+from worker.contract.errors import QueueUnavailable, StoreUnavailable
+from worker.contract.keys import Keyring
 from worker.contract.store import FolderStore
 
 State = Literal["ok", "warning", "wrong"]
@@ -62,9 +65,14 @@ def run_command(argv: list[str]) -> str | None:
 
 
 def examine(
-    settings: StackSettings, role: str, env: Mapping[str, str] = os.environ, run: Run = run_command
+    settings: StackSettings,
+    role: str,
+    env: Mapping[str, str] = os.environ,
+    run: Run = run_command,
+    *,
+    key: str | None = None,
 ) -> list[Finding]:
-    """Everything that a machine of this role needs: all, gateway or worker."""
+    """Everything that a machine of this role needs: all, gateway or worker. key: an API key to try."""
     findings = [check_python(sys.version_info[:2])]
     for part, packages in PACKAGES.items():
         if role in ("all", part):
@@ -75,7 +83,9 @@ def examine(
     findings += check_embedded(settings, run) if settings.embedded and role == "all" else check_redis(settings)
     findings += check_folder("pictures", settings.pictures if role == "all" else settings.store_dir)
     if role != "worker":
-        findings.append(check_port(settings))
+        findings += [check_port(settings), check_keys(settings)]
+        if key:
+            findings.append(check_key(settings, key))
     return findings
 
 
@@ -221,11 +231,42 @@ def check_port(settings: StackSettings) -> Finding:
     return Finding(what, "wrong", f"{found}: {reason}", "stop what uses it, or set DARKROOM_PORT")
 
 
+def check_keys(settings: StackSettings) -> Finding:
+    """Whether callers need an API key, and whether anybody has one."""
+    what = "API keys"
+    if not settings.keys_on:
+        if is_loopback(settings.host):
+            return Finding(what, "ok", f"off: only this machine reaches {settings.host}")
+        mend = "unset DARKROOM_AUTH_OFF_ON_PUBLIC and DARKROOM_AUTH unless something in front asks who they are"
+        return Finding(what, "warning", f"off, and other machines reach {settings.host}", mend)
+    try:
+        with Keyring.connect(find_redis(settings)) as keyring:
+            live = sum(key.revoked_at is None for key in keyring.known())
+    except QueueUnavailable:
+        return Finding(what, "warning", "on; Redis, which has them, does not answer", "")
+    if not live:
+        return Finding(what, "warning", "on, and there is none", "darkroom keys add NAME makes one")
+    return Finding(what, "ok", f"on, {live} in use")
+
+
+def check_key(settings: StackSettings, key: str) -> Finding:
+    """Whether the gateway that runs here takes the key."""
+    what, url = "this API key", f"http://{client_host(settings.host)}:{settings.port}"
+    try:
+        with Client(url, timeout_s=2.0, key=key) as client:
+            client.models()
+    except Unreachable as error:
+        return Finding(what, "warning", f"not tried: {error}", "start a gateway, then try again")
+    except Refused as error:
+        return Finding(what, "wrong", str(error), "darkroom keys list shows which there are; keys add NAME makes one")
+    return Finding(what, "ok", "taken" if settings.keys_on else "not asked for")
+
+
 def _darkroom_runs(port: int) -> bool:
     try:
         with Client(f"http://127.0.0.1:{port}", timeout_s=2.0) as client:
-            client.models()
-    except (Unreachable, Refused, ValueError, KeyError, TypeError):
+            client.workers()
+    except (Unreachable, Refused):
         return False
     return True
 

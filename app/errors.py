@@ -1,26 +1,35 @@
-"""Every refusal in one shape, and the one table that decides its HTTP status.
+"""Why the gateway refuses, beside what the contract refuses.
 
 DarkroomError (worker/contract/errors.py)
 ├── ... those of the contract
 ├── BrokenJson              a body that is not JSON
-├── UnsupportedMediaType    a body that does not say it is JSON
+├── BrokenForm              a body that is not the form it says it is
+├── UnsupportedMediaType    a body that does not say it is what the route takes
 ├── BodyTooLarge            a body over the limit
 ├── BodyTooSlow             a body that did not arrive in time
+├── Unauthorized            no API key, or one that is not valid (any more)
+├── Forbidden               an API key that may not do this
+├── RateLimited             more requests than an API key may make
+├── BadSignature            a signed url that we did not sign
+├── LinkExpired             a signed url that is too old
+├── WaitTooLong             a job that would start too late for who waits for it
 ├── NotFinished             pictures asked for before their job ended
-└── NoPicture               a picture that does not exist
+├── NoPicture               a picture that does not exist
+├── ClientGone              nobody waits for the answer any more
+├── NotServed               a vendor's call that Darkroom does not answer
+├── GenerationFailed        a held answer's job failed
+├── GenerationCanceled      a held answer's job was canceled by somebody else
+├── NotInTime               a held answer's time was up before its job was done
+└── ShuttingDown            a held answer's gateway closes before the job is done
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
+import math
+from collections.abc import Iterable
+from datetime import UTC, datetime
 
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.types import Scope
-
-from worker.contract import errors as contract
 from worker.contract.errors import DarkroomError
 
 MAX_SHOWN = 80
@@ -50,14 +59,23 @@ class BrokenJson(DarkroomError):
         super().__init__(f"the body is not valid JSON: {reason}")
 
 
+class BrokenForm(DarkroomError):
+    """The body is not the form it says it is."""
+
+    code = "invalid_form"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the body is not a valid form: {reason}")
+
+
 class UnsupportedMediaType(DarkroomError):
-    """The body is not declared as JSON."""
+    """The body is not declared as what the route takes."""
 
     code = "unsupported_media_type"
 
-    def __init__(self, found: str | None) -> None:
+    def __init__(self, found: str | None, allowed: str = "application/json") -> None:
         said = f"content-type is {Shown(found)!r}" if found else "the request has no content-type"
-        super().__init__(f"{said}; allowed: application/json")
+        super().__init__(f"{said}; allowed: {allowed}")
 
 
 class BodyTooLarge(DarkroomError):
@@ -78,6 +96,75 @@ class BodyTooSlow(DarkroomError):
         super().__init__(f"the body did not arrive within {timeout_s:g} s")
 
 
+class Unauthorized(DarkroomError):
+    """No API key, or one that is not valid (any more)."""
+
+    code = "unauthorized"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.headers = {"www-authenticate": 'Bearer realm="darkroom"'}
+
+
+class Forbidden(DarkroomError):
+    """An API key that may not do this."""
+
+    code = "forbidden"
+
+    def __init__(self, needed: str, held: Iterable[str]) -> None:
+        super().__init__(f"this needs the scope {needed}; the API key has {', '.join(sorted(held)) or 'none'}")
+
+
+class RateLimited(DarkroomError):
+    """More requests than an API key may make."""
+
+    code = "rate_limited"
+
+    def __init__(self, limit: str, retry_after_s: int) -> None:
+        super().__init__(f"more than {limit} requests; try again in {retry_after_s} s")
+        self.retry_after_s = retry_after_s
+
+
+class BadSignature(DarkroomError):
+    """A signed url that we did not sign."""
+
+    code = "bad_signature"
+
+    def __init__(self) -> None:
+        super().__init__("the url's signature is not ours, or its path or `expires` was changed; ask for a fresh url")
+
+
+class LinkExpired(DarkroomError):
+    """A signed url that is too old."""
+
+    code = "expired"
+
+    def __init__(self, expires: int) -> None:
+        super().__init__(f"the url expired at {utc(expires)}, when its picture was deleted")
+
+
+class WaitTooLong(DarkroomError):
+    """A job that would start too late for who waits for it; it was not accepted."""
+
+    code = "wait_too_long"
+
+    def __init__(self, expected_s: float, hold_s: float) -> None:
+        self.retry_after_s = max(1, math.ceil(expected_s - hold_s))
+        super().__init__(
+            f"a job would start in about {expected_s:.0f} s, and this call waits {hold_s:g} s at most; "
+            f"try again in {self.retry_after_s} s"
+        )
+
+
+class ClientGone(DarkroomError):
+    """Nobody waits for the answer any more."""
+
+    code = "client_gone"
+
+    def __init__(self) -> None:
+        super().__init__("the client went away before the answer")
+
+
 class NotFinished(DarkroomError):
     """The pictures of a job that has not ended."""
 
@@ -93,32 +180,49 @@ class NoPicture(DarkroomError):
     code = "no_picture"
 
 
-STATUS: dict[type[DarkroomError], int] = {
-    DarkroomError: 500,
-    BrokenJson: 400,
-    contract.UnknownModel: 404,
-    contract.UnknownGeneration: 404,
-    NotFinished: 404,
-    NoPicture: 404,
-    BodyTooSlow: 408,
-    contract.PicturesExpired: 410,
-    BodyTooLarge: 413,
-    UnsupportedMediaType: 415,
-    contract.InvalidField: 422,
-    contract.QueueFull: 429,
-    contract.ModelDraining: 503,
-    contract.QueueUnavailable: 503,
-    contract.StoreUnavailable: 503,
-    contract.SchemaUnknown: 503,
-}
+class NotServed(DarkroomError):
+    """A vendor's call that Darkroom does not answer."""
 
-HTTP_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed"}
-"""Codes of what the framework itself refuses."""
+    code = "not_served"
+
+    def __init__(self, what: str, served: str) -> None:
+        super().__init__(f"{shortened(what)} is not served here; served: {served}")
 
 
-def status_of(error: DarkroomError) -> int:
-    """The HTTP status of an error: its own, or its nearest ancestor's."""
-    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+class GenerationFailed(DarkroomError):
+    """The job of a held answer failed."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class GenerationCanceled(DarkroomError):
+    """The job of a held answer was canceled by somebody else."""
+
+    code = "canceled"
+
+    def __init__(self) -> None:
+        super().__init__("the generation was canceled before it was done")
+
+
+class NotInTime(DarkroomError):
+    """The time of a held answer was up before its job was done."""
+
+    code = "timeout"
+
+    def __init__(self, hold_s: float) -> None:
+        super().__init__(f"the pictures were not ready within {hold_s:g} s; the generation was canceled")
+
+
+class ShuttingDown(DarkroomError):
+    """The gateway of a held answer closes before its job is done."""
+
+    code = "shutting_down"
+    retry_after_s = 1
+
+    def __init__(self) -> None:
+        super().__init__("this gateway is shutting down; try again in a moment")
 
 
 def shortened(text: str, limit: int = MAX_SHOWN) -> str:
@@ -128,68 +232,6 @@ def shortened(text: str, limit: int = MAX_SHOWN) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def refusal(error: DarkroomError, scope: Scope) -> JSONResponse:
-    """The response of an error."""
-    status = status_of(error)
-    if status >= 500 and error.__cause__:
-        note_cause(error, scope)
-    if status == 500:
-        return internal_error(scope)
-    retry_after_s = getattr(error, "retry_after_s", None)
-    headers = {} if retry_after_s is None else {"retry-after": str(retry_after_s)}
-    return error_response(scope, status, error.code, str(error), error.field, headers)
-
-
-def note_cause(error: DarkroomError, scope: Scope) -> None:
-    """Leaves for the log what clients are not told: folders and hosts."""
-    scope.setdefault("state", {})["cause"] = str(error.__cause__) or type(error.__cause__).__name__
-
-
-def internal_error(scope: Scope) -> JSONResponse:
-    """The response of a failure that is ours: no detail, but the id that our log knows it by."""
-    message = "something failed on our side; our log knows it by the request id"
-    return error_response(scope, 500, "internal_error", message)
-
-
-def error_response(
-    scope: Scope, status: int, code: str, message: str, field: str | None = None, headers: dict[str, str] | None = None
-) -> JSONResponse:
-    """The one error shape; leaves the code in the request's state, for the log and the metrics."""
-    state: dict[str, Any] = scope.setdefault("state", {})
-    state["error_code"] = code
-    error = {"code": code, "message": message, "field": field, "request_id": state.get("request_id", "")}
-    return JSONResponse({"error": error}, status, headers)
-
-
-async def on_darkroom_error(request: Request, error: Exception) -> JSONResponse:
-    """Renders the errors of our own tree."""
-    assert isinstance(error, DarkroomError)
-    return refusal(error, request.scope)
-
-
-async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
-    """Renders what the framework refuses: unknown paths, wrong methods, unreadable bodies."""
-    assert isinstance(error, HTTPException)
-    headers = dict(error.headers or {})
-    path = shortened(request.url.path)
-    match error.status_code:
-        case 400:
-            return refusal(BrokenJson(_unreadable(error.__cause__)), request.scope)
-        case 404:
-            message = f"nothing at {path}; the paths served are listed in /openapi.json"
-        case 405:
-            message = f"{request.method} is not allowed at {path}; allowed: {headers.get('Allow', '')}"
-        case _:
-            message = str(error.detail)
-    code = HTTP_CODES.get(error.status_code, "http_error")
-    return error_response(request.scope, error.status_code, code, message, headers=headers)
-
-
-def _unreadable(cause: BaseException | None) -> str:
-    match cause:
-        case UnicodeDecodeError():
-            return f"not UTF-8 at byte {cause.start}"
-        case RecursionError():
-            return "nested too deeply"
-        case _:
-            return "a number in it is too long"
+def utc(unix_s: float) -> str:
+    """Unix seconds as a time in words."""
+    return f"{datetime.fromtimestamp(unix_s, UTC):%Y-%m-%dT%H:%M:%SZ}"

@@ -25,6 +25,7 @@ _AT = "2026-01-15T12:00:00Z"
 _URLS = {
     "self": f"http://127.0.0.1:8000/v1/generations/{_ID}",
     "cancel": f"http://127.0.0.1:8000/v1/generations/{_ID}/cancel",
+    "events": f"http://127.0.0.1:8000/v1/generations/{_ID}/events",
 }
 _PARAMS = {
     "prompt": "a red circle on a blue background",
@@ -62,6 +63,7 @@ QUEUED: dict[str, Any] = {
     "warnings": [],
     "timings": {},
     "error": None,
+    "webhook": None,
     "urls": _URLS,
 }
 SUCCEEDED: dict[str, Any] = QUEUED | {
@@ -79,11 +81,22 @@ SUCCEEDED: dict[str, Any] = QUEUED | {
             "height": 1024,
             "format": "png",
             "bytes": 1_402_113,
+            "filtered": None,
         }
     ],
     "fingerprint": "fp_3c0f6a1d9e8b7254",
     "timings": {"queue": 0.01, "text_encode": 0.05, "noise": 0.001, "denoise": 4.2, "vae_decode": 0.1, "total": 4.51},
 }
+
+EVENTS = """event: queued
+data: {"queue_position":0}
+id: 1768478400000-0
+
+event: progress
+data: {"step":14,"steps":28}
+id: 1768478402000-0
+
+"""
 
 MODEL: dict[str, Any] = {
     "name": "sd3.5-large",
@@ -104,6 +117,8 @@ MODEL: dict[str, Any] = {
         "max_num_images": 4,
     },
     "negative_prompt": True,
+    "trained_pixels": 1_048_576,
+    "aliases": [],
     "loaded": True,
     "workers": 1,
 }
@@ -118,6 +133,18 @@ READY: dict[str, Any] = {
 
 REFUSALS: dict[int, tuple[str, str, str, str | None]] = {
     400: ("The body is not JSON.", "invalid_json", "the body is not valid JSON: Expecting value at character 10", None),
+    401: (
+        "No API key, or none that is known, where keys are on.",
+        "unauthorized",
+        "this server asks for an API key: send it as `Authorization: Bearer dr_...` or as `X-API-Key: dr_...`",
+        None,
+    ),
+    403: (
+        "The API key lacks a scope, or the signature of the url is not ours.",
+        "forbidden",
+        "this needs the scope generate; the API key has read",
+        None,
+    ),
     404: (
         "No such generation, picture or model.",
         "not_found",
@@ -128,7 +155,7 @@ REFUSALS: dict[int, tuple[str, str, str, str | None]] = {
     410: (
         "The pictures have expired.",
         "expired",
-        f"the pictures of generation '{_ID}' expired at {_AT} and were deleted",
+        f"the pictures of generation '{_ID}' expired at {_AT} and were deleted: this server keeps pictures no longer",
         None,
     ),
     413: ("The body is too large.", "body_too_large", "the body is larger than the 65536 bytes allowed", None),
@@ -145,7 +172,7 @@ REFUSALS: dict[int, tuple[str, str, str, str | None]] = {
         "width",
     ),
     429: (
-        "Too many jobs wait; see `Retry-After`.",
+        "Too many jobs wait, or too many requests were made; see `Retry-After`.",
         "queue_full",
         "1000 jobs already wait for 'sd3.5-large'; try again in 30 s",
         None,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 from app.errors import Shown, shortened
 from app.schemas import GenerationCreate
+from app.size import size_of
 from model.params import GenerationParams, InvalidParams
 from worker.contract.cards import Limits, ModelCard
 from worker.contract.errors import InvalidField, UnknownModel
-from worker.contract.job import Job, Output, new_job_id
+from worker.contract.job import Job, Output, Webhook, new_job_id
+from worker.contract.settings import ContractSettings
 
 CARDS_FRESH_S = 1.0
 
@@ -32,17 +34,20 @@ class Catalog:
         return self._cards
 
     async def card(self, name: str) -> ModelCard:
-        """The card of a model. UnknownModel, QueueUnavailable."""
+        """The card of a model, or the first that answers for that name. UnknownModel, QueueUnavailable."""
         cards = await self.cards()
-        if name not in cards:
-            raise UnknownModel(shortened(name), list(cards))
-        return cards[name]
+        if name in cards:
+            return cards[name]
+        for card in cards.values():
+            if name in card.aliases:
+                return card
+        raise UnknownModel(shortened(name), list(cards))
 
 
-def resolve(create: GenerationCreate, card: ModelCard, *, record_lifetime_s: int, request_id: str) -> Job:
+def resolve(create: GenerationCreate, card: ModelCard, settings: ContractSettings, *, request_id: str) -> Job:
     """The job of a request: every default filled in from the card, every limit of the card held. InvalidField."""
     defaults, limits = card.defaults, card.limits
-    width, height = create.width or defaults.width, create.height or defaults.height
+    width, height = _size(create, card)
     steps = create.steps or defaults.steps
     guidance_scale = defaults.guidance_scale if create.guidance_scale is None else create.guidance_scale
     _check_prompts(create, limits)
@@ -50,6 +55,8 @@ def resolve(create: GenerationCreate, card: ModelCard, *, record_lifetime_s: int
     _check_most("steps", steps, 1, limits.max_steps)
     _check_most("guidance_scale", guidance_scale, 0, limits.max_guidance_scale)
     _check_most("num_images", create.num_images, 1, limits.max_num_images)
+    if create.expires_in_s is not None:
+        _check_most("expires_in_s", create.expires_in_s, 60, settings.picture_lifetime_s)
     try:
         params = GenerationParams(
             prompt=create.prompt,
@@ -75,9 +82,42 @@ def resolve(create: GenerationCreate, card: ModelCard, *, record_lifetime_s: int
         output=Output(format=create.output_format, quality=create.output_quality, metadata=create.metadata),
         priority=create.priority,
         created_at=now,
-        deadline=now + (create.deadline_s or record_lifetime_s),
+        deadline=now + (create.deadline_s or settings.record_lifetime_s),
         request_id=request_id,
+        picture_lifetime_s=create.expires_in_s,
+        warnings=tuple(_warnings(params, card)),
+        webhook=_webhook(create),
     )
+
+
+def _webhook(create: GenerationCreate) -> Webhook | None:
+    asked = create.webhook
+    return Webhook(url=asked.url, events=tuple(dict.fromkeys(asked.events))) if asked else None
+
+
+def _size(create: GenerationCreate, card: ModelCard) -> tuple[int, int]:
+    """Width and height in pixels, in whichever words they are asked for."""
+    for field in ("aspect_ratio", "megapixels"):
+        if getattr(create, field) is None:
+            continue
+        if create.width is not None or create.height is not None:
+            raise InvalidField(field, Shown(getattr(create, field)), "nothing beside width or height")
+        return size_of(create.aspect_ratio, create.megapixels, card.defaults, card.limits)
+    return create.width or card.defaults.width, create.height or card.defaults.height
+
+
+def _warnings(params: GenerationParams, card: ModelCard) -> Iterator[str]:
+    """What will not be as the owner may expect."""
+    if params.negative_prompt and not params.guided:
+        yield f"negative_prompt has no effect: guidance_scale is {params.guidance_scale:g}"
+    elif params.negative_prompt and not card.negative_prompt:
+        yield f"negative_prompt has little effect: {card.name} was distilled to do without guidance"
+    pixels = params.width * params.height
+    if card.trained_pixels and pixels > card.trained_pixels:
+        yield (
+            f"{params.width}x{params.height} is {pixels:,} pixels: {card.name} was trained on pictures up to "
+            f"{card.trained_pixels:,}, and larger ones often repeat their subject"
+        )
 
 
 def _check_prompts(create: GenerationCreate, limits: Limits) -> None:

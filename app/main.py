@@ -11,30 +11,49 @@ from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Security
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 from structlog.typing import FilteringBoundLogger
 
-from app import errors
+from app import refusals
+from app.auth import KEY_SCHEME, Doorkeeper
 from app.deps import Gateway
+from app.dialects import deepinfra, huggingface, openai, replicate, stability
 from app.limits import Catalog
 from app.logs import make_log, uvicorn_log_config
 from app.metrics import Metrics
 from app.middleware import BodyLimit, RequestContext
-from app.routes import generations, health, models
+from app.routes import events, generations, health, images, models, playground
 from app.schemas import ANY_REFUSAL, DESCRIPTION, TAGS
 from app.settings import GatewaySettings
+from app.signing import Signing
 from app.validation import on_validation_error
+from app.webhook_target import Targets
+from worker.contract import telemetry
 from worker.contract.errors import DarkroomError
 from worker.contract.queue import JobQueue
 from worker.contract.store import FolderStore, PictureStore
+from worker.contract.telemetry import Traces
+
+DIALECTS = (stability, replicate, openai, deepinfra, huggingface)
+"""The vendors' contracts; each has `router`, `PREFIXES` of its paths, and `render` for refusals there."""
 
 SWEEP_GRACE_S = 60
 """Pictures are stored a moment before their job ends, and live from its end."""
 
+EXPIRE_EVERY_S = 10
+EXPIRED_AT_MOST = 100
+
 REAP_EVERY_S = 2
 CLOSE_TIMEOUT_S = 10
+
+EXPOSED_HEADERS = (
+    "idempotency-replayed", "location", "preference-applied", "ratelimit", "ratelimit-policy", "retry-after",
+    "x-request-id",
+)  # fmt: skip
+"""What scripts of other origins may read of an answer."""
 
 
 def create_app(
@@ -42,10 +61,13 @@ def create_app(
     queue: JobQueue | None = None,
     store: PictureStore | None = None,
     log: FilteringBoundLogger | None = None,
+    targets: Targets | None = None,
+    traces: Traces | None = None,
 ) -> FastAPI:
     """The gateway as an ASGI app. What is not given is made from the settings; those, from the environment."""
     settings = settings or GatewaySettings()
     owns_queue = queue is None
+    log = log or make_log(settings.log_format)
     queue = queue or JobQueue.connect(settings)
     gateway = Gateway(
         settings=settings,
@@ -53,7 +75,11 @@ def create_app(
         store=store or FolderStore(settings.store_dir),
         catalog=Catalog(queue.cards),
         metrics=Metrics(),
-        log=log or make_log(settings.log_format),
+        log=log,
+        targets=targets or Targets(settings.webhook_targets),
+        door=Doorkeeper.connect(settings),
+        signing=Signing(queue.secret),
+        traces=traces or telemetry.connect("darkroom-gateway", log),
     )
     app = FastAPI(
         title="Darkroom",
@@ -68,14 +94,38 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.gateway, app.state.owns_queue = gateway, owns_queue
-    for router in (generations.router, models.router, health.router):
+    app.state.shapes = {"": refusals.native}
+    key = [Security(KEY_SCHEME)] if settings.keys_on else []  # tells the OpenAPI; each route asks by its CallerDep
+    for router in (generations.router, images.router, events.router, models.router):
+        app.include_router(router, dependencies=key)
+    for router in (health.router, playground.router):
         app.include_router(router)
-    app.add_exception_handler(DarkroomError, errors.on_darkroom_error)
-    app.add_exception_handler(HTTPException, errors.on_http_exception)
+    for dialect in DIALECTS:
+        app.include_router(dialect.router, dependencies=key)
+        app.state.shapes |= dict.fromkeys(dialect.PREFIXES, dialect.render)
+    app.add_exception_handler(DarkroomError, refusals.on_darkroom_error)
+    app.add_exception_handler(HTTPException, refusals.on_http_exception)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     # The one added last runs first
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=settings.max_body_bytes,
+        max_multipart_bytes=settings.max_multipart_bytes,
+        timeout_s=settings.body_timeout_s,
+    )
+    if gateway.traces:
+        from app.tracing import Tracing  # with it comes OpenTelemetry
+
+        app.add_middleware(Tracing, tracer=gateway.traces.tracer)
     app.add_middleware(RequestContext, metrics=gateway.metrics, log=gateway.log)
+    if settings.origins:  # outside all else, so that pages can read every refusal, those of our own failures too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )
     return app
 
 
@@ -91,6 +141,7 @@ def serve(settings: GatewaySettings) -> None:
         server_header=False,
         ws="none",
         timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
+        forwarded_allow_ips=settings.trusted_proxies,
     )
     with suppress(KeyboardInterrupt):
         GatewayServer(config, app.state.gateway).run()
@@ -131,6 +182,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     gateway: Gateway = app.state.gateway
     chores = [
         asyncio.create_task(_every(gateway.settings.sweep_every_s, _sweep_pictures, gateway)),
+        asyncio.create_task(_every(EXPIRE_EVERY_S, _expire_pictures, gateway)),
         asyncio.create_task(_every(REAP_EVERY_S, _reap, gateway)),
     ]
     try:
@@ -138,8 +190,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     finally:
         gateway.draining.set()
         await asyncio.gather(*chores)
+        await gateway.door.close()
         if app.state.owns_queue:
             await gateway.queue.close()
+        if gateway.traces:
+            await asyncio.to_thread(gateway.traces.close)
 
 
 async def _every(seconds: float, work: Callable[[Gateway], Awaitable[None]], gateway: Gateway) -> None:
@@ -159,8 +214,16 @@ async def _every(seconds: float, work: Callable[[Gateway], Awaitable[None]], gat
                 await gateway.draining.wait()
 
 
+async def _expire_pictures(gateway: Gateway) -> None:
+    """Deletes the pictures of jobs whose time is up."""
+    while expired := await gateway.queue.expired_pictures(EXPIRED_AT_MOST):
+        for job_id in expired:
+            await asyncio.to_thread(gateway.store.delete_prefix, job_id)
+        gateway.metrics.jobs_expired.inc(len(expired))
+
+
 async def _sweep_pictures(gateway: Gateway) -> None:
-    """Deletes expired pictures."""
+    """Deletes pictures that are older than any may be: those that no job tells of."""
     older_than_s = gateway.settings.picture_lifetime_s + SWEEP_GRACE_S
     gateway.metrics.pictures_swept.inc(await asyncio.to_thread(gateway.store.sweep, older_than_s))
 

@@ -31,14 +31,23 @@ class Metrics:
         )
         self.generations = Counter(
             "darkroom_generations_total",
-            "Generations asked for; reason is the error code of a rejected one",
-            ["model", "outcome", "reason"],
+            "Generations asked for: accepted, rejected, or replayed for an idempotency key; reason is the error code",
+            ["model", "dialect", "outcome", "reason"],
             registry=registry,
+        )
+        self.jobs_expired = Counter(
+            "darkroom_jobs_expired_total", "Jobs whose pictures were deleted when their time was up", registry=registry
         )
         self.pictures_swept = Counter("darkroom_pictures_swept_total", "Expired pictures deleted", registry=registry)
         self.queue_up = Gauge("darkroom_queue_up", "1 if Redis answered this scrape", registry=registry)
         self.queue_depth = Gauge(
             "darkroom_queue_depth", "Jobs that wait, none that run", ["model", "priority"], registry=registry
+        )
+        self.queue_seconds = Gauge(
+            "darkroom_queue_seconds",
+            "Seconds of work queued and running, by the measured speed of the model; absent where none was measured",
+            ["model"],
+            registry=registry,
         )
         self.model_workers = Gauge(
             "darkroom_model_workers", "Live workers that hold the model", ["model"], registry=registry
@@ -54,15 +63,20 @@ class Metrics:
         try:
             async with asyncio.timeout(SCRAPE_TIMEOUT_S):
                 depth, workers, cards = await queue.depth(), await queue.workers(), await queue.cards()
+                outstanding = await queue.outstanding()
         except (QueueUnavailable, TimeoutError):
-            depth, workers, cards, up = {}, {}, {}, 0
+            depth, workers, cards, outstanding, up = {}, {}, {}, {}, 0
         else:
             up = 1
         self.queue_up.set(up)
         self.queue_depth.clear()
+        self.queue_seconds.clear()
         self.model_workers.clear()
         for (model, priority), waiting in depth.items():
             self.queue_depth.labels(model, priority).set(waiting)
+        for model, seconds in outstanding.items():
+            if seconds is not None:
+                self.queue_seconds.labels(model).set(seconds)
         for model in cards:
             self.model_workers.labels(model).set(workers.get(model, 0))
         return generate_latest(self.registry)

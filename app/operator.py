@@ -144,11 +144,11 @@ def find_redis(settings: StackSettings) -> ContractSettings:
     return settings
 
 
-def no_answer(error: QueueUnavailable, settings: ContractSettings, verb: str) -> str:
+def no_answer(error: QueueUnavailable, settings: ContractSettings, command: str) -> str:
     """What an operator is told when Redis is away: what was tried, where, and what came of it."""
     url = settings.redis_url  # without its password
     return (
-        f"queue {verb} did not succeed: Redis at {url.host}:{url.port} gave no answer ({error.__cause__}); "
+        f"{command} did not succeed: Redis at {url.host}:{url.port} gave no answer ({error.__cause__}); "
         "DARKROOM_REDIS_URL or DARKROOM_DATA_DIR name another"
     )
 
@@ -249,7 +249,7 @@ def _operating(verb: str) -> Iterator[Operations]:
     except UnknownModel as error:
         fail(str(error))
     except QueueUnavailable as error:
-        fail(no_answer(error, settings, verb))
+        fail(no_answer(error, settings, f"queue {verb}"))
 
 
 def _named(operations: Operations, models: list[str] | None, every: bool) -> list[str]:

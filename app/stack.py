@@ -1,4 +1,4 @@
-"""All of Darkroom on this machine: embedded Valkey, worker and gateway as children of one process."""
+"""All of Darkroom on this machine: embedded Valkey, worker, gateway, sender of webhooks as children of one process."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ from app.settings import GatewaySettings
 from worker.contract.child import Child
 
 _GATEWAY_GRACE_S = 10.0
+_SENDER_GRACE_S = 5.0
 _HAND_BACK_S = 5.0
 """Beyond its grace, to finish a step and to hand back its jobs."""
 
 _POLL_S = 0.2
 _GATEWAY_START_S = 60.0
-_MAX_BACKOFF_S = 30.0
-_STEADY_S = 60.0
-"""A worker that ran this long before it died is restarted without the earlier deaths held against it."""
 
 COMMANDS = {
     "gateway": (sys.executable, "-P", "-m", "app.cli", "gateway"),
     "worker": (sys.executable, "-P", "-m", "worker"),
+    "webhooks": (sys.executable, "-P", "-m", "app.cli", "webhooks"),
 }
 
 
@@ -81,10 +80,11 @@ class Stack:
         self._alone, self._own_valkey = alone, alone or settings.embedded
         self._pictures = settings.data_dir / "pictures" if alone else settings.pictures
         self._port = settings.port or free_port()
-        self.url = f"http://{_client_host(settings.host)}:{self._port}"
+        self.url = f"http://{client_host(settings.host)}:{self._port}"
         self._valkey: EmbeddedValkey | None = None
         self._worker: Child | None = None
         self._gateway: Child | None = None
+        self._webhooks: Child | None = None  # none where we are there for one job
         self._env = dict(os.environ)
 
     def __enter__(self) -> Self:
@@ -102,14 +102,14 @@ class Stack:
 
     def wait_ready(self) -> list[str]:
         """The models that a worker holds, once there are any. However long that takes: only a death ends it early."""
-        gateway, worker = _running(self._gateway), _running(self._worker)
+        gateway = _running(self._gateway)
         deadline, answered = time.monotonic() + _GATEWAY_START_S, False
         with Client(self.url, timeout_s=2.0) as client:
             while True:
-                for child in (gateway, worker):
+                for child in self._parts():
                     self._require(child, "while starting")
                 try:
-                    loaded = [str(model["name"]) for model in client.models() if model["loaded"]]
+                    loaded = sorted(client.workers())
                 except (Unreachable, Refused):
                     if not answered and time.monotonic() > deadline:
                         raise StackFailed(f"the gateway does not answer at {self.url}{_ending(gateway)}") from None
@@ -122,35 +122,26 @@ class Stack:
                 time.sleep(_POLL_S)
 
     def supervise(self) -> None:
-        """Runs until a part that cannot be replaced dies. A worker that dies is started again, ever less eagerly."""
-        deaths, born, restart_at = 0, time.monotonic(), 0.0
+        """Runs until a part dies. Worker processes that die are no such part: their supervisor starts them again."""
         while True:
-            self._require(_running(self._gateway), "unexpectedly")
-            if self._valkey:
-                self._require(self._valkey.child, "unexpectedly")
-            worker, now = _running(self._worker), time.monotonic()
-            if worker.exit_code is not None and not restart_at:
-                deaths = 1 if now - born > _STEADY_S else deaths + 1
-                delay_s = min(2.0 ** (deaths - 1), _MAX_BACKOFF_S)
-                self._report(f"the worker {worker.describe_exit()}{_ending(worker)}")
-                self._report(f"another worker starts in {delay_s:g} s")
-                restart_at = now + delay_s
-            elif restart_at and now >= restart_at:
-                self._worker, born, restart_at = self._spawn("worker"), now, 0.0
+            for child in self._parts():
+                self._require(child, "unexpectedly")
             time.sleep(_POLL_S)
 
     def stop(self) -> None:
         """Gateway first, so that nothing new comes in; then the worker, which finishes what it runs; Valkey last.
 
-        A second signal meanwhile ends all of them at once.
+        Before that the sender of webhooks, which tells of jobs that ended meanwhile. A second signal ends all at once.
         """
         try:
             if self._gateway:
                 self._gateway.stop(self._settings.drain_s + _GATEWAY_GRACE_S)
             if self._worker and not self._worker.stop(self._settings.grace_s + _HAND_BACK_S):
                 self._report(f"the worker did not finish within {self._settings.grace_s:g} s and was killed")
+            if self._webhooks:  # what it does not get told now it tells after the next start
+                self._webhooks.stop(min(self._settings.grace_s, _SENDER_GRACE_S))
         except BaseException:
-            for child in (self._gateway, self._worker):
+            for child in (self._gateway, self._worker, self._webhooks):
                 if child:
                     child.kill()
             raise
@@ -176,10 +167,17 @@ class Stack:
             "DARKROOM_STORE_DIR": str(self._pictures.resolve()),
         }
         if self._alone:
+            self._env["DARKROOM_AUTH"] = "off"  # on loopback, and only for as long as we run
             self._env["DARKROOM_METRICS_PORT"] = "0"  # another worker here may have the configured one
         self._env["DARKROOM_REDIS_URL"] = self._start_valkey() if self._own_valkey else str(settings.redis_url)
         self._worker = self._spawn("worker")
         self._gateway = self._spawn("gateway")
+        if not self._alone:
+            self._webhooks = self._spawn("webhooks")
+
+    def _parts(self) -> list[Child]:
+        valkey = self._valkey.child if self._valkey else None
+        return [child for child in (self._gateway, self._worker, self._webhooks, valkey) if child]
 
     def _start_valkey(self) -> str:
         folder = self._settings.valkey_dir
@@ -217,7 +215,7 @@ def _ending(child: Child) -> str:
     return f"; the end of {child.log}:\n{lines}" if lines else ""
 
 
-def _client_host(host: str) -> str:
+def client_host(host: str) -> str:
     """Where a client on this machine finds a server that listens on `host`."""
     if host in ("", "0.0.0.0"):
         return "127.0.0.1"

@@ -7,18 +7,22 @@ import json
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
-from app.errors import BrokenJson, Shown, error_response, refusal, shortened
+from app.errors import BrokenJson, Shown, shortened
 from app.limits import Catalog
-from app.schemas import GenerationCreate
+from app.refusals import error_response, refusal
+from app.schemas import MAX_PAGE, GenerationCreate, WebhookCreate
 from worker.contract.errors import QueueUnavailable
 
 OTHER_NAMES = {
     "cfg": "guidance_scale",
     "cfg_scale": "guidance_scale",
     "count": "num_images",
+    "aspect": "aspect_ratio",
+    "expires_in": "expires_in_s",
     "format": "output_format",
     "n": "num_images",
     "num_inference_steps": "steps",
@@ -28,11 +32,21 @@ OTHER_NAMES = {
     "size": "width",
     "text": "prompt",
     "timeout": "deadline_s",
+    "webhook_url": "webhook",
 }
 """What other servers call our fields."""
 
 
-async def on_validation_error(request: Request, error: Exception) -> JSONResponse:
+PARAMETERS = {
+    "expires": "a whole number",
+    "limit": f"a whole number from 1 to {MAX_PAGE}",
+    "n": "a whole number, at least 0",
+    "previews": "true, false",
+}
+"""What is allowed in paths and queries."""
+
+
+async def on_validation_error(request: Request, error: Exception) -> Response:
     """Renders what the framework's validation refuses."""
     assert isinstance(error, RequestValidationError)
     problems = error.errors()
@@ -59,8 +73,9 @@ async def _known_models(catalog: Catalog) -> str:
 
 
 def _field(problem: dict[str, Any]) -> str | None:
+    """The name of the field, with that of the object in which it is: `webhook.url`."""
     names = [part for part in problem["loc"][1:] if isinstance(part, str)]
-    return shortened(names[0]) if names else None
+    return shortened(".".join(names)) if names else None
 
 
 def _sentence(problem: dict[str, Any]) -> str:
@@ -73,38 +88,52 @@ def _sentence(problem: dict[str, Any]) -> str:
     if kind == "missing":
         return f"{field} is required"
     if kind == "extra_forbidden":
-        return f"there is no field {Shown(field)!r}{_meant(field)}; allowed: {', '.join(GenerationCreate.model_fields)}"
-    return f"{field} is {Shown(problem['input'])!r}; allowed: {_allowed(field, problem)}"
+        names = list(_beside(problem).model_fields)
+        return f"there is no field {Shown(field)!r}{_meant(field, names)}; allowed: {', '.join(names)}"
+    return f"{field} is {Shown(problem['input'])!r}; allowed: {_allowed(problem)}"
 
 
-def _meant(field: str) -> str:
-    key = field.lower().replace("-", "_")
-    names = list(GenerationCreate.model_fields)
-    near = [OTHER_NAMES[key]] if key in OTHER_NAMES else difflib.get_close_matches(key, names, 1)
+def _beside(problem: dict[str, Any]) -> type[BaseModel]:
+    """The object in which the problem is."""
+    return WebhookCreate if "webhook" in problem["loc"][1:-1] else GenerationCreate
+
+
+def _meant(field: str, names: list[str]) -> str:
+    key = field.rpartition(".")[2].lower().replace("-", "_")
+    other = OTHER_NAMES.get(key)
+    near = [other] if other in names else difflib.get_close_matches(key, names, 1)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def _allowed(field: str, problem: dict[str, Any]) -> str:
-    if problem["loc"][0] != "body" or field not in GenerationCreate.model_fields:
-        return "a whole number, at least 0" if problem["type"].startswith(("int", "greater")) else problem["msg"]
-    schema = GenerationCreate.model_json_schema()["properties"][field]
-    return _described(next((s for s in schema.get("anyOf", []) if s.get("type") != "null"), schema))
+def _allowed(problem: dict[str, Any]) -> str:
+    where, *path = problem["loc"]
+    name = [part for part in path if isinstance(part, str)][-1]
+    if where != "body":
+        return PARAMETERS.get(name, str(problem["msg"]))
+    schema = _beside(problem).model_json_schema()["properties"].get(name)
+    return str(problem["msg"]) if schema is None else _described(schema)
 
 
 def _described(schema: dict[str, Any]) -> str:
+    schema = schema | next((choice for choice in schema.get("anyOf", []) if choice.get("type") != "null"), {})
     if "enum" in schema:
         return ", ".join(json.dumps(value) for value in schema["enum"])
-    least, most = schema.get("minimum"), schema.get("maximum")
-    match schema["type"]:
+    match schema.get("type"):
         case "integer":
-            noun = "a whole number"
+            return "a whole number" + _range(schema.get("minimum"), schema.get("maximum"))
         case "number":
-            noun = "a finite number"
+            if "exclusiveMinimum" in schema:
+                return f"a finite number over {schema['exclusiveMinimum']:g}"
+            return "a finite number" + _range(schema.get("minimum"), schema.get("maximum"))
         case "boolean":
             return "true, false"
+        case "array":
+            return f"a list of some of {_described(schema['items'])}"
+        case "string":
+            text = f"text{_range(schema.get('minLength'), schema.get('maxLength'), ' characters')}"
+            return f"{text} such as {', '.join(schema['examples'])}" if "examples" in schema else text
         case _:
-            return f"text{_range(schema.get('minLength'), schema.get('maxLength'), ' characters')}"
-    return noun + _range(least, most)
+            return f"an object with {' and '.join(WebhookCreate.model_fields)}"
 
 
 def _range(least: float | None, most: float | None, unit: str = "") -> str:

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from app.deps import Gateway, GatewayDep
-from app.errors import note_cause
+from app.refusals import note_cause
 from app.schemas import Alive, Readiness
 from worker.contract.errors import QueueUnavailable, StoreUnavailable
 

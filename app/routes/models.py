@@ -6,21 +6,23 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path
 
-from app.deps import GatewayDep
+from app.deps import CallerDep, GatewayDep
 from app.schemas import Model, ModelList, refusals
 
 router = APIRouter(tags=["models"])
 
 
-@router.get("/v1/models", summary="List the models", responses=refusals(503))
-async def list_models(gateway: GatewayDep) -> ModelList:
+@router.get("/v1/models", summary="List the models", responses=refusals(401, 429, 503))
+async def list_models(gateway: GatewayDep, _: CallerDep) -> ModelList:
     """Every model that a worker has ever offered, by name; `loaded` tells whether one holds it now."""
     cards, workers = await gateway.catalog.cards(), await gateway.queue.workers()
     return ModelList(models=[Model.of(cards[name], workers.get(name, 0)) for name in sorted(cards)])
 
 
-@router.get("/v1/models/{name}", summary="Look at a model", responses=refusals(404, 503))
-async def get_model(name: Annotated[str, Path(description="Name of the model.")], gateway: GatewayDep) -> Model:
+@router.get("/v1/models/{name}", summary="Look at a model", responses=refusals(401, 404, 429, 503))
+async def get_model(
+    name: Annotated[str, Path(description="Name of the model.")], gateway: GatewayDep, _: CallerDep
+) -> Model:
     """One model: its defaults and limits, and whether a worker holds it now."""
     card, workers = await gateway.catalog.card(name), await gateway.queue.workers()
     return Model.of(card, workers.get(name, 0))

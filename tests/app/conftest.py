@@ -18,6 +18,7 @@ from app.logs import make_log
 from app.main import create_app
 from app.settings import GatewaySettings
 from tests.app.fake_worker import FakeWorker
+from worker.contract.keys import Keyring, new_key
 
 BASE_URL = "http://darkroom.test"
 
@@ -66,6 +67,14 @@ async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 def served(worker: FakeWorker, client: httpx.AsyncClient) -> httpx.AsyncClient:
     """A client of a gateway whose worker is known and alive."""
     return client
+
+
+def key_of(settings: GatewaySettings, name: str, **limits: Any) -> dict[str, str]:
+    """Headers of a caller who has a key of its own; limits: of `new_key`."""
+    key, text = new_key(name, **limits)
+    with Keyring.connect(settings) as keyring:
+        keyring.add(key)
+    return {"authorization": f"Bearer {text}"}
 
 
 async def until(condition: Callable[[], Awaitable[Any]], timeout_s: float = 10) -> Any:

@@ -56,6 +56,7 @@ class FakeWorker:
         self.go_on = threading.Event()  # cleared: jobs stay running, at step 1
         self.go_on.set()
         self.running: list[Claim] = []
+        self.age_s = 0.0  # pictures are so old when they are made
         self._thread = threading.Thread(target=self._serve, name="fake-worker")
 
     def __enter__(self) -> Self:
@@ -101,7 +102,7 @@ class FakeWorker:
             self._intake.commit(claim, "failed", Result(failure=self._failure))
             return
         pictures = tuple(self._store_picture(claim, n) for n in range(claim.job.num_images))
-        expires_at = claim.claimed_at + self._settings.picture_lifetime_s
+        expires_at = claim.claimed_at - self.age_s + (claim.job.picture_lifetime_s or self._settings.picture_lifetime_s)
         steps = _steps(claim.job)
         self._intake.progress({claim: Progress(step=steps, steps=steps)})
         result = Result(
@@ -110,12 +111,17 @@ class FakeWorker:
             timings={"denoise": 0.25},
             expires_at=expires_at,
             fingerprint="fp_fake",
+            gpu_seconds=0.25,
         )
         self._intake.commit(claim, "succeeded", result)
 
+    def paint(self, job: Job, params: GenerationParams) -> bytes:
+        """The file of a picture."""
+        return picture_bytes(job, params)
+
     def _store_picture(self, claim: Claim, n: int) -> Picture:
         job, params = claim.job, claim.job.params.nth(n)
-        data = picture_bytes(job, params)
+        data = self.paint(job, params)
         key = picture_key(job.id, claim.execution, n, job.output.format)
         self._store.put(key, data)
         return Picture(

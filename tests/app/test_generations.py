@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pytest
 import redis
 from fastapi import FastAPI
 
-from app.main import create_app
+from app.main import _expire_pictures, create_app
 from app.settings import GatewaySettings
 from tests.app.conftest import BASE_URL, client_of, until
-from tests.app.fake_worker import CARDS, FakeWorker
-from worker.contract.errors import QueueUnavailable
+from tests.app.fake_worker import CARDS, LARGE, FakeWorker
+from tests.app.fake_worker import TINY as TINY_CARD
+from worker.contract.cards import ModelCard
+from worker.contract.errors import QueueUnavailable, StoreUnavailable
 from worker.contract.job import Failure, JobView
 from worker.contract.queue import JobQueue
 from worker.contract.store import FolderStore
@@ -214,6 +217,43 @@ async def test_negative_prompt_without_guidance_is_warned_of(
     assert generation["warnings"] == (["negative_prompt has no effect: guidance_scale is 1"] if warned else [])
 
 
+async def test_negative_prompt_of_a_guided_turbo_is_warned_of(served: httpx.AsyncClient) -> None:
+    generation = await created(served, model="sd3.5-large-turbo", negative_prompt="blur", guidance_scale=3)
+    assert generation["warnings"] == [
+        "negative_prompt has little effect: sd3.5-large-turbo was distilled to do without guidance"
+    ]
+
+
+@pytest.mark.parametrize(("height", "warned"), [(1024, False), (1040, True)])
+async def test_picture_larger_than_the_model_was_trained_on_is_warned_of(
+    served: httpx.AsyncClient, settings: GatewaySettings, height: int, warned: bool
+) -> None:
+    trained = replace(LARGE, name="trained", trained_pixels=1_048_576)
+    _publish(settings, trained)
+    generation = await created(served, model="trained", width=1024, height=height)
+    assert generation["warnings"] == (
+        [
+            "1024x1040 is 1,064,960 pixels: trained was trained on pictures up to 1,048,576, "
+            "and larger ones often repeat their subject"
+        ]
+        if warned
+        else []
+    )
+
+
+async def test_warnings_of_the_worker_come_after_those_of_the_request(served: httpx.AsyncClient) -> None:
+    generation = await finished(served, negative_prompt="blur", guidance_scale=0)
+    assert generation["warnings"] == ["negative_prompt has no effect: guidance_scale is 0", "prompt was cut"]
+
+
+async def test_model_answers_for_its_aliases_while_no_card_has_the_name(
+    served: httpx.AsyncClient, settings: GatewaySettings
+) -> None:
+    _publish(settings, replace(TINY_CARD, name="also", aliases=("sd3.5-medium", "sd3.5-large")))
+    assert (await created(served, model="sd3.5-medium"))["model"] == "also"
+    assert (await created(served, model="sd3.5-large"))["model"] == "sd3.5-large"
+
+
 async def test_get_shows_progress_of_a_running_generation(served: httpx.AsyncClient, worker: FakeWorker) -> None:
     worker.go_on.clear()
     url = (await created(served))["urls"]["self"]
@@ -309,6 +349,22 @@ async def test_image_past_its_lifetime_is_410_and_says_when(settings: GatewaySet
     assert "2023-11-14T22:13:20Z" in error["message"]
 
 
+async def test_pictures_are_kept_as_long_as_the_request_says_and_then_deleted(
+    served: httpx.AsyncClient, app: FastAPI, settings: GatewaySettings, worker: FakeWorker
+) -> None:
+    worker.age_s = 3600.0
+    generation = await finished(served, expires_in_s=60)
+    answer = await served.get(generation["images"][0]["url"])
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (410, "expired")
+    assert "were deleted: the request asked for 60 s (expires_in_s)" in error["message"]
+    store = settings.store_dir / generation["id"]
+    assert store.exists()
+    app.state.gateway.draining.set()  # its own chores are over
+    await _expire_pictures(app.state.gateway)
+    assert not store.exists()
+
+
 async def test_image_lost_from_the_store_is_404(served: httpx.AsyncClient, settings: GatewaySettings) -> None:
     generation = await finished(served)
     FolderStore(settings.store_dir).delete_prefix(generation["id"])
@@ -326,6 +382,102 @@ async def test_unknown_generation_is_404(client: httpx.AsyncClient, job_id: str)
         assert answer.status_code == 404
         assert answer.json()["error"]["code"] == "not_found"
         assert len(answer.content) < 400
+
+
+async def test_list_has_the_newest_first_in_pages(served: httpx.AsyncClient) -> None:
+    ids = [(await created(served))["id"] for _ in range(5)]
+    pages, cursor = [], None
+    while True:
+        query = {"limit": 2} | ({"cursor": cursor} if cursor else {})
+        page = (await served.get("/v1/generations", params=query)).json()
+        pages.append([generation["id"] for generation in page["generations"]])
+        cursor = page["next"]
+        if cursor is None:
+            break
+    assert pages == [ids[4:2:-1], ids[2:0:-1], ids[:1]]
+
+
+async def test_list_shows_generations_as_they_are_alone(served: httpx.AsyncClient) -> None:
+    generation = await finished(served)
+    assert (await served.get("/v1/generations")).json() == {"generations": [generation], "next": None}
+
+
+async def test_list_is_empty_at_first(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/v1/generations")).json() == {"generations": [], "next": None}
+
+
+@pytest.mark.parametrize(
+    ("query", "field", "allowed"),
+    [
+        ("limit=0", "limit", "a whole number from 1 to 100"),
+        ("limit=101", "limit", "a whole number from 1 to 100"),
+        ("limit=x", "limit", "a whole number from 1 to 100"),
+        ("cursor=x", "cursor", "`next` of a page that was answered"),
+    ],
+)
+async def test_list_with_a_wrong_page_is_refused(
+    client: httpx.AsyncClient, query: str, field: str, allowed: str
+) -> None:
+    answer = await client.get(f"/v1/generations?{query}")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["field"]) == (422, field)
+    assert error["message"].endswith(f"allowed: {allowed}")
+
+
+async def test_list_goes_on_behind_a_generation_that_was_forgotten(served: httpx.AsyncClient) -> None:
+    ids = [(await created(served))["id"] for _ in range(3)]
+    assert (await served.delete(f"/v1/generations/{ids[1]}")).status_code == 204
+    page = (await served.get("/v1/generations", params={"cursor": ids[1]})).json()
+    assert [generation["id"] for generation in page["generations"]] == ids[:1]
+
+
+async def test_delete_forgets_record_and_pictures(served: httpx.AsyncClient, settings: GatewaySettings) -> None:
+    generation = await finished(served)
+    url = generation["urls"]["self"]
+    answer = await served.delete(url)
+    assert (answer.status_code, answer.content) == (204, b"")
+    assert not (settings.store_dir / generation["id"]).exists()
+    assert (await served.get(url)).status_code == 404
+    assert (await served.get(generation["images"][0]["url"])).status_code == 404
+    assert (await served.get("/v1/generations")).json()["generations"] == []
+    assert (await served.delete(url)).status_code == 404
+
+
+async def test_delete_ends_a_running_generation_and_leaves_no_picture(
+    served: httpx.AsyncClient, settings: GatewaySettings, worker: FakeWorker
+) -> None:
+    worker.go_on.clear()
+    generation = await created(served)
+    await until(lambda: _busy(worker))
+    assert (await served.delete(generation["urls"]["self"])).status_code == 204
+
+    async def idle() -> bool:
+        return not worker.running
+
+    await until(idle)
+    assert not (settings.store_dir / generation["id"]).exists()
+
+
+async def test_delete_while_the_store_is_away_keeps_the_record(settings: GatewaySettings, worker: FakeWorker) -> None:
+    class Away(FolderStore):
+        def delete_prefix(self, prefix: str) -> None:
+            raise StoreUnavailable("away")
+
+    app = create_app(settings, store=Away(settings.store_dir))
+    async with app.router.lifespan_context(app), client_of(app) as client:
+        generation = await finished(client)
+        answer = await client.delete(generation["urls"]["self"])
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable")
+        assert (await client.get(generation["urls"]["self"])).status_code == 200
+
+
+async def test_webhook_is_shown_with_the_generation(client: httpx.AsyncClient, settings: GatewaySettings) -> None:
+    _publish_cards(settings)
+    hook = {"url": "https://93.184.216.34/hook", "events": ["started", "completed", "started"]}
+    generation = await created(client, webhook=hook)
+    assert generation["webhook"] == {"url": hook["url"], "events": ["started", "completed"], "deliveries": []}
+    view = await _view(settings, generation["id"])
+    assert view.job.echo == {"base_url": BASE_URL}
 
 
 async def test_urls_begin_with_the_public_url(settings: GatewaySettings) -> None:
@@ -368,8 +520,12 @@ def _age(path: Path, seconds: float) -> None:
 
 
 def _publish_cards(settings: GatewaySettings) -> None:
+    _publish(settings, *CARDS)
+
+
+def _publish(settings: GatewaySettings, *cards: ModelCard) -> None:
     intake = Intake(redis.Redis.from_url(str(settings.redis_url)), "publisher")
-    intake.publish(CARDS)
+    intake.publish(cards)
     intake.close()
 
 

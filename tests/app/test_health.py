@@ -22,6 +22,7 @@ from tests.app.conftest import client_of
 from tests.app.fake_worker import FakeWorker
 from tests.worker.jobs import make_job
 from worker.contract.queue import JobQueue
+from worker.intake import Intake
 
 ASKED = {"model": "tiny", "prompt": "a red circle"}
 
@@ -152,11 +153,11 @@ async def test_metrics_count_generations_by_outcome(served: httpx.AsyncClient) -
     await served.post("/v1/generations", json=ASKED | {"model": "made-up"})
     await served.post("/v1/generations", json=ASKED | {"prompt": "x" * 100_000})
     found, name = await samples(served), "darkroom_generations_total"
-    assert named(found, name, model="tiny", outcome="accepted", reason="") == 1
-    assert named(found, name, model="tiny", outcome="rejected", reason="invalid_field") == 1
-    assert named(found, name, model="unknown", outcome="rejected", reason="invalid_field") == 1
-    assert named(found, name, model="unknown", outcome="rejected", reason="unknown_model") == 1
-    assert named(found, name, model="unknown", outcome="rejected", reason="body_too_large") == 1
+    assert named(found, name, model="tiny", dialect="native", outcome="accepted", reason="") == 1
+    assert named(found, name, model="tiny", dialect="native", outcome="rejected", reason="invalid_field") == 1
+    assert named(found, name, model="unknown", dialect="native", outcome="rejected", reason="invalid_field") == 1
+    assert named(found, name, model="unknown", dialect="native", outcome="rejected", reason="unknown_model") == 1
+    assert named(found, name, model="unknown", dialect="native", outcome="rejected", reason="body_too_large") == 1
 
 
 async def test_metrics_show_the_queue_and_the_workers(served: httpx.AsyncClient, worker: FakeWorker) -> None:
@@ -169,6 +170,23 @@ async def test_metrics_show_the_queue_and_the_workers(served: httpx.AsyncClient,
     assert named(found, "darkroom_queue_depth", model="tiny", priority="high") == 1
     assert named(found, "darkroom_queue_depth", model="tiny", priority="normal") == 0
     assert named(found, "darkroom_model_workers", model="tiny") == 0
+
+
+async def test_metrics_tell_the_seconds_of_work_where_the_speed_is_known(
+    served: httpx.AsyncClient, worker: FakeWorker, settings: GatewaySettings
+) -> None:
+    worker.stop()
+    large = {"model": "sd3.5-large", "width": 1024, "height": 1024, "steps": 10}
+    for asked in (ASKED, ASKED | large):
+        assert (await served.post("/v1/generations", json=asked)).status_code == 202
+    intake = Intake.connect(settings, "measured")
+    intake.renew(["tiny", "sd3.5-large"], {"sd3.5-large": 2.0})
+    found = await samples(served)
+    intake.retire()
+    intake.close()
+    megapixel_steps = 1024 * 1024 * 10 * 2 / 1e6
+    assert named(found, "darkroom_queue_seconds", model="sd3.5-large") == pytest.approx(megapixel_steps / 2)
+    assert named(found, "darkroom_queue_seconds", model="tiny") is None
 
 
 async def test_metrics_without_redis_have_all_but_the_queue(cut_off: httpx.AsyncClient) -> None:

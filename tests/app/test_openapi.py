@@ -26,6 +26,7 @@ async def test_document_lists_every_route_with_summary_and_tag(document: dict[st
         "/v1/generations/{id}",
         "/v1/generations/{id}/images/{n}",
         "/v1/generations/{id}/cancel",
+        "/v1/generations/{id}/events",
         "/v1/models",
         "/v1/models/{name}",
         "/healthz",

@@ -13,17 +13,19 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from app.errors import STATUS, Shown, shortened, status_of
+from app.errors import Shown, shortened
 from app.limits import resolve
 from app.logs import make_log
 from app.main import create_app
+from app.refusals import STATUS, status_of
 from app.schemas import GenerationCreate
 from app.settings import GatewaySettings
 from tests.app.conftest import client_of
 from tests.app.fake_worker import LARGE, FakeWorker
 from worker.contract.errors import DarkroomError
 from worker.contract.job import Job
-from worker.contract.queue import JobQueue
+from worker.contract.queue import Accepted, JobQueue
+from worker.contract.settings import ContractSettings
 
 LARGE_ASKED = {"model": "sd3.5-large", "prompt": "a red circle"}
 JSON = {"content-type": "application/json"}
@@ -77,6 +79,22 @@ def assert_refused(answer: httpx.Response, status: int, code: str, field: str | 
         ({"prompt": "a\0b"}, "prompt", 'prompt is "a\\u0000b"; allowed: text without U+0000'),
         ({"model": ""}, "model", "model is"),
         ({"model": "x" * 129}, "model", "xxx...xxx"),
+        ({"aspect_ratio": "wide"}, "aspect_ratio", 'aspect_ratio is "wide"; allowed: text such as 1:1, 16:9, 2:3'),
+        ({"aspect_ratio": "0:1"}, "aspect_ratio", "such as 1:1"),
+        ({"aspect_ratio": "16:9", "width": 1024}, "aspect_ratio", "allowed: nothing beside width or height"),
+        ({"megapixels": 1, "height": 1024}, "megapixels", "megapixels is 1.0; allowed: nothing beside width or height"),
+        ({"aspect_ratio": "1:100"}, "aspect_ratio", "allowed: up to 9:1 or 1:9 with 1 megapixels"),
+        ({"megapixels": 0}, "megapixels", "megapixels is 0; allowed: a finite number over 0"),
+        ({"megapixels": 2.5}, "megapixels", "megapixels is 2.5; allowed: 0.25 to 2"),
+        ({"expires_in_s": 59}, "expires_in_s", "expires_in_s is 59; allowed: a whole number, at least 60"),
+        ({"expires_in_s": 86_401}, "expires_in_s", "expires_in_s is 86401; allowed: 60 to 86400"),
+        ({"webhook": "x"}, "webhook", 'webhook is "x"; allowed: an object with url and events'),
+        ({"webhook": {}}, "webhook.url", "webhook.url is required"),
+        ({"webhook": {"url": 5}}, "webhook.url", "webhook.url is 5; allowed: text from 1 to 2048 characters"),
+        ({"webhook": {"url": "https://a.example", "event": []}}, "webhook.event", "(did you mean events?)"),
+        ({"webhook": {"url": "https://a.example", "events": ["x"]}}, "webhook.events", '"started", "progress"'),
+        ({"webhook": {"url": "https://a.example", "events": []}}, "webhook.events", "allowed: a list of some of"),
+        ({"webhook": {"url": "https://127.0.0.1/"}}, "webhook.url", "allowed: a host with public addresses"),
         ({"stepz": 20}, "stepz", 'there is no field "stepz" (did you mean steps?)'),
         ({"num_inference_steps": 20}, "num_inference_steps", "(did you mean steps?)"),
         ({"cfg-scale": 20}, "cfg-scale", "(did you mean guidance_scale?)"),
@@ -153,7 +171,7 @@ async def test_body_declared_json_in_other_words_is_taken(served: httpx.AsyncCli
     assert answer.status_code == 202
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/generations/", "/docs", "/redoc", "/v2/generations", "/%ff%fe"])
+@pytest.mark.parametrize("path", ["/v1", "/v1/generations/", "/docs", "/redoc", "/v2/generations", "/%ff%fe"])
 async def test_unknown_path_is_404(client: httpx.AsyncClient, path: str) -> None:
     assert_refused(await client.get(path), 404, "not_found", None)
 
@@ -161,8 +179,9 @@ async def test_unknown_path_is_404(client: httpx.AsyncClient, path: str) -> None
 @pytest.mark.parametrize(
     ("method", "path", "allowed"),
     [
-        ("GET", "/v1/generations", "POST"),
-        ("PUT", "/v1/generations", "POST"),
+        ("PUT", "/v1/generations", "GET, POST"),
+        ("PATCH", "/v1/generations/gen_1", "DELETE, GET"),
+        ("GET", "/v1/generations/gen_1/cancel", "POST"),
         ("POST", "/v1/models", "GET"),
         ("BREW", "/healthz", "GET"),
     ],
@@ -195,7 +214,7 @@ async def test_failure_of_ours_is_500_without_detail(
     settings: GatewaySettings, log_lines: io.StringIO, worker: FakeWorker
 ) -> None:
     class Broken(JobQueue):
-        async def submit(self, job: Job) -> int:
+        async def submit(self, job: Job, **_options: Any) -> Accepted:
             raise ValueError("secret detail")
 
     queue = Broken.connect(settings)
@@ -273,8 +292,8 @@ def refuser(settings: GatewaySettings, worker: FakeWorker) -> Any:
         async def cards(self) -> Any:
             return {"sd3.5-large": LARGE}
 
-        async def submit(self, job: Job) -> int:
-            return 0
+        async def submit(self, job: Job, **_options: Any) -> Accepted:
+            return Accepted(job.id, 0, replayed=False)
 
     with asyncio.Runner() as runner:
         queue = Sink.connect(settings)
@@ -304,7 +323,7 @@ def test_resolved_job_is_within_the_limits_of_its_card(width: int, height: int, 
         and scale <= 20
     )
     try:
-        job = resolve(create, LARGE, record_lifetime_s=60, request_id="")
+        job = resolve(create, LARGE, ContractSettings(), request_id="")
     except DarkroomError as error:
         refused: DarkroomError | None = error
     else:

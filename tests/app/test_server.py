@@ -143,6 +143,21 @@ async def test_sigterm_with_a_drain_is_not_ready_yet_serves(settings: GatewaySet
         assert await asyncio.to_thread(running.child.wait, 20) == 0
 
 
+async def test_scheme_is_believed_of_trusted_proxies_alone(settings: GatewaySettings, tmp_path: Path) -> None:
+    async def scheme(proxies: str) -> str:
+        headers = JSON | {"x-forwarded-proto": "https", "host": "pictures.example"}
+        async with (
+            gateway(settings, tmp_path, DARKROOM_TRUSTED_PROXIES=proxies) as running,
+            httpx.AsyncClient(trust_env=False) as client,
+        ):
+            created = await client.post(f"{running.url}/v1/generations", content=BODY, headers=headers)
+        return str(created.json()["urls"]["self"]).partition("/v1")[0]
+
+    with FakeWorker(settings):
+        assert await scheme("127.0.0.0/8") == "https://pictures.example"
+        assert await scheme("10.0.0.0/8") == "http://pictures.example"
+
+
 JSON = {"content-type": "application/json"}
 
 

@@ -20,7 +20,7 @@ import http.server, json, os, redis
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         loaded = redis.Redis.from_url(os.environ["DARKROOM_REDIS_URL"]).exists("worker") == 1
-        body = json.dumps({"models": [{"name": "cold", "loaded": False}, {"name": "warm", "loaded": loaded}]}).encode()
+        body = json.dumps({"workers": {"warm": 1} if loaded else {}}).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -37,7 +37,12 @@ redis.Redis.from_url(os.environ["DARKROOM_REDIS_URL"]).set("worker", os.getpid()
 print("pictures in", os.environ["DARKROOM_STORE_DIR"], flush=True)
 time.sleep(600)
 """
-COMMANDS = {"gateway": (sys.executable, "-c", GATEWAY), "worker": (sys.executable, "-c", WORKER)}
+SLEEPER = "import time; time.sleep(600)"
+COMMANDS = {
+    "gateway": (sys.executable, "-c", GATEWAY),
+    "worker": (sys.executable, "-c", WORKER),
+    "webhooks": (sys.executable, "-c", SLEEPER),
+}
 
 
 class Reports(list[str]):
@@ -87,7 +92,7 @@ def test_stack_is_ready_with_the_models_that_a_worker_holds(settings: StackSetti
 def test_stack_stops_all_and_the_worker_before_its_valkey(settings: StackSettings, reports: Reports) -> None:
     with Stack(settings, reports.append, commands=COMMANDS) as stack:
         stack.wait_ready()
-        pids = [reports.pid("gateway"), reports.pid("worker")]
+        pids = [reports.pid("gateway"), reports.pid("worker"), reports.pid("webhooks")]
         assert all(map(is_alive, pids))
     assert not any(map(is_alive, pids))
     again = EmbeddedValkey(settings.data_dir / "valkey", settings.data_dir / "again.log")
@@ -106,24 +111,8 @@ def test_worker_that_does_not_stop_in_time_is_killed(tmp_path: Path, reports: Re
     assert not is_alive(reports.pid("worker"))
 
 
-def test_worker_that_dies_is_replaced(settings: StackSettings, reports: Reports) -> None:
-    with Stack(settings, reports.append, commands=COMMANDS) as stack:
-        stack.wait_ready()
-        first = reports.pid("worker")
-        os.kill(first, signal.SIGKILL)
-        gateway = reports.pid("gateway")
-        side = soon(lambda: reports.pid("worker") != first, lambda: os.kill(gateway, signal.SIGKILL))
-        with pytest.raises(StackFailed):
-            stack.supervise()
-        side.join()
-    assert reports.said("the worker was ended by SIGKILL")
-    assert reports.said("another worker starts in 1 s")
-
-
-@pytest.mark.parametrize("part", ["gateway", "embedded Valkey"])
-def test_death_of_a_part_that_cannot_be_replaced_ends_the_stack(
-    settings: StackSettings, reports: Reports, part: str
-) -> None:
+@pytest.mark.parametrize("part", ["gateway", "worker", "webhooks", "embedded Valkey"])
+def test_death_of_a_part_ends_the_stack(settings: StackSettings, reports: Reports, part: str) -> None:
     with Stack(settings, reports.append, commands=COMMANDS) as stack:
         stack.wait_ready()
         pid = int(next(line for line in reports if line.startswith(part)).removeprefix(part).split()[0])
@@ -148,6 +137,7 @@ def test_stack_alone_shares_nothing_with_a_configured_one(tmp_path: Path, report
     )
     with Stack(settings, reports.append, commands=COMMANDS, alone=True) as stack:
         stack.wait_ready()
+    assert not reports.said("webhooks")
     assert f"pictures in {tmp_path}/own/pictures" in (tmp_path / "own" / "logs" / "worker.log").read_text()
 
 

@@ -13,11 +13,13 @@ import shutil
 import socket
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
 from tests.conftest import Valkey
 from tests.tiny_bundle import save_tiny_bundle
@@ -120,6 +122,12 @@ def tiny_model(folder: Path) -> list[str]:
     return ["-v", f"{folder}:/models/tiny:ro", "-e", "DARKROOM_MODELS=tiny=/models/tiny"]
 
 
+def make_key(engine: str, image: str, redis_url: str, command: list[str], *options: str) -> str:
+    """What `darkroom keys add ...` prints: the key."""
+    env = ["-e", f"DARKROOM_REDIS_URL={redis_url}"]
+    return run(engine, "run", "--rm", "--read-only", "--network", "host", *env, *options, image, *command)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -128,12 +136,12 @@ def free_port() -> int:
 
 
 def wait_for_model(url: str, gateway: Container, worker: Container, timeout_s: float = 180) -> str:
+    """The name of a model that a worker holds; asked without a key, as a probe does."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and worker.inspect(".State.Running") == "true":
         try:
-            for model in httpx.get(f"{url}/v1/models", timeout=5).json()["models"]:
-                if model["loaded"]:
-                    return str(model["name"])
+            for model in httpx.get(f"{url}/readyz", timeout=5).json()["workers"]:
+                return str(model)
         except httpx.TransportError:
             pass
         time.sleep(0.5)
@@ -156,8 +164,27 @@ def test_gateway_image_is_checked_for_health(engine: str, gateway_image: str, st
     assert gateway.stop() == 0
 
 
+def test_first_key_is_made_printed_and_kept_once(engine: str, gateway_image: str, own_valkey: Valkey) -> None:
+    command = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["first-key"]["command"]
+    volume = f"darkroom-test-{uuid.uuid4().hex}"
+    secrets = ["-v", f"{volume}:/var/lib/darkroom/secrets"]
+    cat = ["--entrypoint", "cat", gateway_image, "/var/lib/darkroom/secrets/api-key"]
+    try:
+        key = make_key(engine, gateway_image, own_valkey.url, command, *secrets)
+        assert key.startswith("dr_")
+        assert make_key(engine, gateway_image, own_valkey.url, command, *secrets) == ""
+        assert run(engine, "run", "--rm", *secrets, *cat) == key
+    finally:
+        subprocess.run([engine, "volume", "rm", "-f", volume], capture_output=True, check=False)
+
+
 def test_images_make_a_picture_together(
-    gateway_image: str, worker_image: str, start: Callable[..., Container], tmp_path: Path
+    engine: str,
+    own_valkey: Valkey,
+    gateway_image: str,
+    worker_image: str,
+    start: Callable[..., Container],
+    tmp_path: Path,
 ) -> None:
     port = free_port()
     demo = (ROOT / "model" / "bundles" / "demo" / "model_index.json").exists()
@@ -166,8 +193,11 @@ def test_images_make_a_picture_together(
     worker = start(worker_image, "-e", f"DARKROOM_METRICS_PORT={free_port()}", *models)
     url = f"http://127.0.0.1:{port}"
     name = wait_for_model(url, gateway, worker)
+    assert httpx.get(f"{url}/v1/models").status_code == 401
+    text = make_key(engine, gateway_image, own_valkey.url, ["keys", "add", "ci"])
+    key = {"authorization": f"Bearer {text}"}
     body = {"model": name, "prompt": "a red circle on a blue background", "seed": 7}
-    done = httpx.post(f"{url}/v1/generations", json=body, headers={"prefer": "wait=60"}, timeout=70).json()
+    done = httpx.post(f"{url}/v1/generations", json=body, headers=key | {"prefer": "wait=60"}, timeout=70).json()
     assert done["status"] == "succeeded", f"{done}\n{worker.logs()}"
     picture = httpx.get(done["images"][0]["url"])
     assert picture.headers["content-type"] == "image/png"

@@ -48,8 +48,13 @@ class Up:
         assert self.said(text), self.output.read_text()
 
     def pid(self, name: str) -> int:
-        """The process id of the gateway, worker or valkey that runs now."""
-        told = {"valkey": "valkey-server", "gateway": "app.cli gateway", "worker": "-m worker"}[name]
+        """The process id of the gateway, worker's supervisor, sender of webhooks or valkey that runs now."""
+        told = {
+            "valkey": "valkey-server",
+            "gateway": "app.cli gateway",
+            "worker": "-m worker",
+            "webhooks": "app.cli webhooks",
+        }[name]
         return next(pid for pid in children_of(self.process.pid) if told in command_of(pid))
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ pytestmark = [
 ]
 
 EXAMPLES = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+PYTHON_EXAMPLES = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,16 @@ def test_the_readme_leads_from_a_prompt_to_its_picture_and_cancels_a_job(demo: U
     canceled = json.loads(ran.stdout[end:])
     assert seen["id"] == canceled["id"]
     assert canceled["status"] == "canceled" or canceled["cancel_requested"]
+
+
+@pytest.mark.parametrize("example", PYTHON_EXAMPLES)
+def test_the_readmes_python_leaves_pictures(demo: Up, tmp_path: Path, example: str) -> None:
+    code = example.replace("http://127.0.0.1:8000", demo.url)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert ran.returncode == 0, ran.stderr
+    for name in re.findall(r'"([^"/]+\.(?:png|jpeg|webp))"', example):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) >= 64
 
 
 def colours(picture: Image.Image) -> set[str]:

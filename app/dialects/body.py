@@ -1,0 +1,108 @@
+"""The body of a vendor's request: read leniently, checked, and refused in the words of who sent it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from app.errors import BrokenForm, BrokenJson, Shown, UnsupportedMediaType
+from worker.contract.errors import InvalidField
+
+FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+MAX_PARTS = 64
+ALLOWED = "; allowed: "
+"""What stands between an InvalidField's value and what is allowed."""
+
+AskedT = TypeVar("AskedT", bound=BaseModel)
+
+
+class Asked(BaseModel):
+    """What a vendor's client asks for. Each field's description says what is allowed, for who sent something else.
+
+    Numbers may be words, as some clients send them; what is null or empty is absent; what is unknown is passed over.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_absent(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None and value != ""}
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The JSON object of the body, whatever type it is said to have. BrokenJson, InvalidField."""
+    try:
+        data = json.loads(await request.body())
+    except RecursionError as error:
+        raise BrokenJson("nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise BrokenJson(f"not UTF-8 at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise BrokenJson(f"{error.msg.removesuffix(' at')} at character {error.pos}") from error
+    except ValueError as error:
+        raise BrokenJson("a number in it is too long") from error
+    if not isinstance(data, dict):
+        raise InvalidField("body", Shown(data), "a JSON object")
+    return data
+
+
+@dataclass(frozen=True)
+class Form:
+    """The parts of a form by name; the last one of a name counts."""
+
+    text: dict[str, str]
+    files: frozenset[str]  # those that are not empty
+
+
+async def read_form(request: Request) -> Form:
+    """The form of the body. UnsupportedMediaType, BrokenForm."""
+    declared = request.headers.get("content-type")
+    if (declared or "").partition(";")[0].strip().lower() not in FORMS:
+        raise UnsupportedMediaType(declared, FORMS[0])
+    try:
+        async with request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS) as form:
+            parts = form.multi_items()
+            return Form(
+                text={name: part for name, part in parts if isinstance(part, str)},
+                files=frozenset(name for name, part in parts if isinstance(part, UploadFile) and part.size),
+            )
+    except HTTPException as error:
+        raise BrokenForm(str(error.detail)) from error
+    except (ValueError, LookupError) as error:  # a part that is not text in the charset it names
+        raise BrokenForm("a part of it is not text") from error
+
+
+def checked(kind: type[AskedT], data: Mapping[str, Any]) -> AskedT:
+    """The data as what it ought to be. InvalidField: the first field that is wrong, and what it may be."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else "body"
+    value = _Missing() if first["type"] == "missing" else Shown(first["input"])
+    field = kind.model_fields.get(name)
+    raise InvalidField(name, value, (field and field.description) or first["msg"])
+
+
+def in_their_words(error: InvalidField, names: Mapping[str, str], asked: BaseModel) -> InvalidField:
+    """The same refusal with the field as its sender calls it, by our name, and the value as it was sent."""
+    ours = error.field or ""
+    theirs = names.get(ours, ours)
+    if theirs not in type(asked).model_fields or getattr(asked, theirs) is None:
+        return error
+    return InvalidField(theirs, Shown(getattr(asked, theirs)), str(error).partition(ALLOWED)[2])
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "missing"

@@ -1,0 +1,60 @@
+"""Pictures: their bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Response, status
+
+from app.deps import JobId, JobsOrSigned, PictureNumber
+from app.jobs import finished_picture
+from app.schemas import refusals
+from worker.contract.job import MEDIA_TYPES, JobView
+
+router = APIRouter(tags=["generations"])
+
+
+@router.get(
+    "/v1/generations/{id}/images/{n}",
+    summary="Fetch a picture",
+    response_class=Response,
+    response_description="The file, in the format chosen at creation.",
+    responses={
+        200: {"content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES.values()}},
+        304: {"description": "The client has it already (`If-None-Match`)."},
+        **refusals(401, 403, 404, 410, 422, 503),
+    },
+)
+async def get_image(
+    jobs: JobsOrSigned,
+    job_id: JobId,
+    n: PictureNumber,
+    if_none_match: Annotated[str | None, Header(description="An `ETag` that the client holds.")] = None,
+) -> Response:
+    """The bytes of one picture; immutable, so caches may keep them until they expire.
+
+    The urls in answers are signed where API keys are on: whoever has one needs no key, so that a page can show it.
+    """
+    view = await jobs.get(job_id)
+    picture = finished_picture(view, n)
+    tag = f'"{hashlib.blake2b(picture.key.encode(), digest_size=12).hexdigest()}"'
+    headers = {"etag": tag, "cache-control": f"private, max-age={_seconds_left(view)}, immutable"}
+    if _holds(if_none_match, tag):
+        return Response(status_code=status.HTTP_304_NOT_MODIFIED, headers=headers)
+    data, picture = await jobs.picture(view, n)
+    headers["content-disposition"] = f'inline; filename="{job_id}-{n}.{picture.format}"'
+    headers["x-content-type-options"] = "nosniff"
+    return Response(data, media_type=MEDIA_TYPES[picture.format], headers=headers)
+
+
+def _seconds_left(view: JobView) -> int:
+    expires_at = view.result.expires_at if view.result else None
+    return 0 if expires_at is None else max(0, int(expires_at - time.time()))
+
+
+def _holds(if_none_match: str | None, tag: str) -> bool:
+    """Weak comparison, as If-None-Match asks for."""
+    held = [candidate.strip().removeprefix("W/") for candidate in (if_none_match or "").split(",")]
+    return tag in held or held == ["*"]

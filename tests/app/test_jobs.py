@@ -1,0 +1,111 @@
+"""What callers may do: by the scopes of their keys, by their quotas, by how long they can wait."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.requests import Request
+
+from app.auth import ANONYMOUS
+from app.errors import WaitTooLong
+from app.jobs import Jobs
+from app.links import Links
+from app.schemas import GenerationCreate
+from app.settings import GatewaySettings
+from tests.app.conftest import BASE_URL
+from tests.app.fake_worker import FakeWorker
+from worker.contract.keys import Keyring, new_key
+from worker.intake import Intake
+
+TINY = {"model": "tiny", "prompt": "a red circle"}
+UNKNOWN = f"/v1/generations/gen_{'0' * 31}"
+
+
+@pytest.fixture
+def settings(settings: GatewaySettings) -> GatewaySettings:
+    """Keys are on."""
+    return settings.model_copy(update={"auth": "on"})
+
+
+def key_of(settings: GatewaySettings, name: str, **options: Any) -> dict[str, str]:
+    """Headers of a caller with a key of its own."""
+    key, text = new_key(name, **options)
+    with Keyring.connect(settings) as keyring:
+        keyring.add(key)
+    return {"x-api-key": text}
+
+
+@pytest.mark.parametrize(
+    ("scopes", "method", "path", "body", "needed"),
+    [
+        (("read",), "POST", "/v1/generations", TINY, "generate"),
+        (("read",), "DELETE", UNKNOWN, None, "generate"),
+        (("read",), "POST", f"{UNKNOWN}/cancel", None, "generate"),
+        (("high-priority",), "GET", UNKNOWN, None, "generate or read"),
+        (("high-priority",), "GET", "/v1/generations", None, "generate or read"),
+        (("generate",), "POST", "/v1/generations", TINY | {"priority": "high"}, "high-priority"),
+    ],
+)
+async def test_call_beyond_the_scopes_of_a_key_is_403_and_names_what_is_needed(
+    served: httpx.AsyncClient,
+    settings: GatewaySettings,
+    scopes: tuple[str, ...],
+    method: str,
+    path: str,
+    body: Any,
+    needed: str,
+) -> None:
+    headers = key_of(settings, "studio", scopes=scopes)
+    answer = await served.request(method, path, json=body, headers=headers)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (403, "forbidden")
+    assert f"this needs the scope {needed};" in error["message"]
+
+
+async def test_owner_with_as_many_jobs_as_it_may_have_is_429_and_others_are_not(
+    served: httpx.AsyncClient, settings: GatewaySettings, worker: FakeWorker
+) -> None:
+    worker.go_on.clear()
+    owner, other = key_of(settings, "owner", max_active=2), key_of(settings, "other")
+    found = [(await served.post("/v1/generations", json=TINY, headers=owner)).status_code for _ in range(2)]
+    refused = await served.post("/v1/generations", json=TINY, headers=owner)
+    assert [*found, refused.status_code] == [202, 202, 429]
+    assert refused.json()["error"]["code"] == "too_many_jobs"
+    assert int(refused.headers["retry-after"]) > 0
+    assert (await served.post("/v1/generations", json=TINY, headers=other)).status_code == 202
+
+
+async def test_admin_sees_and_ends_jobs_of_others_but_lists_its_own(
+    served: httpx.AsyncClient, settings: GatewaySettings, worker: FakeWorker
+) -> None:
+    worker.go_on.clear()
+    owner, admin = key_of(settings, "owner"), key_of(settings, "chief", scopes=("admin",))
+    url = (await served.post("/v1/generations", json=TINY, headers=owner)).json()["urls"]["self"]
+    assert (await served.get(url, headers=admin)).status_code == 200
+    assert (await served.get("/v1/generations", headers=admin)).json()["generations"] == []
+    assert (await served.delete(url, headers=admin)).status_code == 204
+
+
+async def test_caller_who_cannot_wait_so_long_is_told_when_to_come_back(
+    app: FastAPI, settings: GatewaySettings, worker: FakeWorker
+) -> None:
+    worker.stop()
+    intake = Intake.connect(settings, "slow")
+    intake.renew(["tiny"], {"tiny": 0.001})
+    jobs = Jobs(app.state.gateway, ANONYMOUS, _request(app), Links(BASE_URL))
+    create = GenerationCreate(**TINY)  # type: ignore[arg-type]
+    await jobs.accept(create, hold_s=10)  # nothing waits yet
+    with pytest.raises(WaitTooLong, match="this call waits 10 s at most") as refused:
+        await jobs.accept(create, hold_s=10)
+    assert refused.value.retry_after_s > 0
+    assert len(await jobs.page(100)) == 1
+    intake.retire()
+    intake.close()
+
+
+def _request(app: FastAPI) -> Request:
+    scope = {"type": "http", "app": app, "headers": [], "state": {"request_id": "r"}}
+    return Request(scope)
