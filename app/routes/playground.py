@@ -1,0 +1,75 @@
+"""The playground: a page to try the models on, at `/`, and its files."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Response
+from starlette.exceptions import HTTPException
+
+FOLDER = Path(__file__).parents[1] / "playground"
+MEDIA_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+
+# Nothing from elsewhere, nothing inline, no string that becomes markup or code.
+POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    )
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "cross-origin-opener-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-cache",  # kept, but asked for by its tag each time: a new Darkroom is a new page at once
+}
+
+router = APIRouter(include_in_schema=False)
+
+
+@router.api_route("/", methods=["GET", "HEAD"])
+async def page(if_none_match: Annotated[str, Header()] = "") -> Response:
+    """The page itself."""
+    return await _file("index.html", if_none_match)
+
+
+@router.api_route("/playground/{name}", methods=["GET", "HEAD"])
+async def part(name: str, if_none_match: Annotated[str, Header()] = "") -> Response:
+    """A script, style or drawing of the page."""
+    return await _file(name, if_none_match)
+
+
+async def _file(name: str, if_none_match: str) -> Response:
+    data = await asyncio.to_thread(_read, name)
+    if data is None:
+        raise HTTPException(404)
+    tag = f'"{hashlib.blake2b(data, digest_size=12).hexdigest()}"'
+    headers = {**HEADERS, "etag": tag}
+    held = [candidate.strip().removeprefix("W/") for candidate in if_none_match.split(",")]
+    if tag in held or held == ["*"]:
+        return Response(status_code=304, headers=headers)
+    return Response(data, headers=headers, media_type=MEDIA_TYPES[Path(name).suffix])
+
+
+def _read(name: str) -> bytes | None:
+    """The bytes of one of the playground's own files; None for any other name."""
+    if Path(name).suffix not in MEDIA_TYPES or name not in {file.name for file in FOLDER.iterdir()}:
+        return None
+    return (FOLDER / name).read_bytes()

@@ -1,0 +1,98 @@
+"""The playground in a real browser, before a real stack with the demo's weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+
+from tests.e2e.conftest import ROOT, Up
+
+CHROMIUM = Path("/usr/bin/chromium")
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+]
+PICTURE_MS = 90_000
+"""A picture on a busy CPU."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = not CHROMIUM.exists() and "CI" not in os.environ
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.browser)
+            item.add_marker(pytest.mark.timeout(300))
+            if missing:
+                item.add_marker(pytest.mark.skip(reason=f"no {CHROMIUM}"))
+
+
+@pytest.fixture(scope="package")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """The demo, by two names, so that there is something to compare."""
+    up = Up(tmp_path_factory.mktemp("site"), f"demo,second={ROOT}/model/bundles/demo")
+    up.wait_until_said("Darkroom is ready")
+    yield up
+    up.stop()
+
+
+# A module's own: while it is open, no other event loop may run in this thread.
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
+    """Opens the playground in a browser of its own; fails the test in the end if a script did."""
+    contexts: list[BrowserContext] = []
+    failures: list[str] = []
+
+    def open_page(url: str, **options: object) -> Page:
+        defaults = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce", "color_scheme": "dark"}
+        context = browser.new_context(**defaults | options)  # type: ignore[arg-type]
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: failures.append(str(error)))
+        page.on("console", lambda message: failures.append(message.text) if "Policy" in message.text else None)
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert failures == []
+
+
+@pytest.fixture
+def page(open_page: Callable[..., Page], site: Up) -> Page:
+    """The playground, its models known, as on a first visit."""
+    page = open_page(site.url)
+    expect(page.get_by_role("radio", name="demo")).to_be_checked()
+    return page
+
+
+def develop(page: Page, prompt: str, steps: int | None = 4) -> None:
+    """Fills the form and sends it."""
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    if steps is not None:
+        page.get_by_role("spinbutton", name="Steps").fill(str(steps))
+    page.get_by_role("button", name="Develop").click()
+
+
+def expect_pictures(page: Page, count: int) -> None:
+    """Waits until that many pictures lie on the stage, loaded."""
+    pictures = page.locator("#stage .paper:not(.blank) img")
+    expect(pictures).to_have_count(count, timeout=PICTURE_MS)
+    for picture in pictures.all():
+        expect(picture).to_have_js_property("complete", True)
+        assert picture.evaluate("img => img.naturalWidth") > 0
