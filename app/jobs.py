@@ -74,7 +74,7 @@ class Jobs:
             await self._gateway.targets.check(webhook.url, "webhook.url" if dialect == "native" else "webhook")
             # whoever calls it has no request to tell the base url by
             job = replace(job, webhook=webhook, echo=job.echo | {"base_url": self.links.base_url})
-        if hold_s is not None:
+        if hold_s is not None and not (idempotency and await self._queue.remembers(idempotency)):
             await self._check_wait(job, hold_s)
         accepted = await self._queue.submit(job, idempotency=idempotency, max_active=self.caller.max_active)
         state.generation, state.replayed = accepted.job_id, accepted.replayed

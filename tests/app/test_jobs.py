@@ -18,6 +18,7 @@ from app.settings import GatewaySettings
 from tests.app.conftest import BASE_URL
 from tests.app.fake_worker import FakeWorker
 from worker.contract.keys import Keyring, new_key
+from worker.contract.queue import Idempotency
 from worker.intake import Intake
 
 TINY = {"model": "tiny", "prompt": "a red circle"}
@@ -102,6 +103,22 @@ async def test_caller_who_cannot_wait_so_long_is_told_when_to_come_back(
         await jobs.accept(create, hold_s=10)
     assert refused.value.retry_after_s > 0
     assert len(await jobs.page(100)) == 1
+    intake.retire()
+    intake.close()
+
+
+async def test_request_that_comes_again_under_its_key_is_answered_however_long_the_wait(
+    app: FastAPI, settings: GatewaySettings, worker: FakeWorker
+) -> None:
+    worker.stop()
+    intake = Intake.connect(settings, "slow")
+    intake.renew(["tiny"], {"tiny": 0.001})
+    jobs = Jobs(app.state.gateway, ANONYMOUS, _request(app), Links(BASE_URL))
+    create = GenerationCreate(**TINY)  # type: ignore[arg-type]
+    key = Idempotency("a route", "once", "f" * 64)
+    first = await jobs.accept(create, idempotency=key, hold_s=10)
+    again = await jobs.accept(create, idempotency=key, hold_s=10)
+    assert again.job.id == first.job.id
     intake.retire()
     intake.close()
 

@@ -163,6 +163,11 @@ class JobQueue:
         job_id = answer.decode()
         return Accepted(job_id, int(position[0]), replayed=job_id != job.id)
 
+    async def remembers(self, idempotency: Idempotency) -> bool:
+        """Whether a job was submitted under this key: the next such request is answered for that one."""
+        with reaching_redis():
+            return bool(await self._redis.exists(f"darkroom:idempotency:{idempotency.name}"))
+
     async def view(self, job_id: str) -> JobView:
         """The job as it is now; past its deadline it has failed. UnknownGeneration."""
         return await self._record("view", job_id)
