@@ -37,6 +37,7 @@ class Card:
         f"{', '.join(SHAPES)} in {', '.join(COLOURS)}, on plain colours, gradients, night sky, sea and meadow, "
         "as flat pictures, line art, pixel art, watercolour and shaded 3-D"
     )
+    aliases: tuple[str, ...] = ("sd3.5-large", "sd3.5-medium")  # for whom the demo stands in while they are not served
     t5_length: int = T5_LENGTH
     defaults: dict[str, Any] = field(
         default_factory=lambda: {
@@ -56,7 +57,7 @@ class Card:
             {} if width * height >= LEAST_PIXELS else {"min_side": min(width, height), "min_pixels": width * height}
         )
         size = {"width": width, "height": height}
-        return cls(f"Trained on {record['source']}", record["t5_length"], Card().defaults | size, limits)
+        return cls(f"Trained on {record['source']}", (), record["t5_length"], Card().defaults | size, limits)
 
 
 def export_bundle(vae_folder: Path, flow_folder: Path, out: Path, card: Card | None = None) -> int:

@@ -44,6 +44,7 @@ def _card(base: str, base_revision: str, record: dict[str, Any]) -> dict[str, An
     steps = record["steps"]
     return {
         "description": f"The demo model distilled to {steps} steps without guidance; shares its encoders and VAE",
+        "aliases": ["sd3.5-large-turbo"],
         "base": base,
         "base_revision": base_revision,
         **record["shift"],
