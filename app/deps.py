@@ -28,7 +28,7 @@ from worker.contract.store import PictureStore
 from worker.contract.telemetry import Traces
 
 JOB_ID = re.compile(r"gen_[0-9a-f]{31}")
-WAIT_PREFERENCE = re.compile(r'wait\s*=\s*(?:"(\d{1,9})"|(\d{1,9}))\s*(?:;.*)?', re.IGNORECASE | re.ASCII)
+WAIT_PREFERENCE = re.compile(r'wait\s*(?:=\s*(?:"(\d{1,9})"|(\d{1,9}))\s*)?(?:;.*)?', re.IGNORECASE | re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,20 @@ async def _wait_s(
         ),
     ] = None,
 ) -> int | None:
-    """Seconds that the client prefers to wait; the first `wait` counts, what is malformed does not (RFC 7240)."""
+    """Seconds that the client prefers to wait."""
+    return preferred_wait_s(request)
+
+
+def preferred_wait_s(request: Request, *, unsaid: int | None = None) -> int | None:
+    """Seconds of the first `Prefer: wait=N`, MAX_WAIT_S at most; what is malformed does not count (RFC 7240).
+
+    unsaid: of a `wait` that does not say how long
+    """
     for preference in ",".join(request.headers.getlist("prefer")).split(","):
         if match := WAIT_PREFERENCE.fullmatch(preference.strip()):
-            return min(int(match[1] or match[2]), MAX_WAIT_S)
+            said = match[1] or match[2]
+            if said or unsaid is not None:
+                return min(int(said or unsaid or 0), MAX_WAIT_S)
     return None
 
 
@@ -89,9 +99,8 @@ async def _json_only(request: Request) -> None:
 
 
 GatewayDep = Annotated[Gateway, Depends(_gateway)]
-PictureNumber = Annotated[int, Path(alias="n", ge=0, description="Which picture, from 0.")]
 SIGNED = Caller("", "signed url", ALL_SCOPES)
-"""Whoever holds a url that we signed: the signature says which picture of whose job."""
+"""Whoever holds a url that we signed: the signature says what they may see."""
 
 
 async def _caller(request: Request, gateway: GatewayDep) -> Caller:
@@ -118,20 +127,18 @@ async def _jobs(caller: CallerDep, gateway: GatewayDep, links: LinksDep, request
     return Jobs(gateway, caller, request, links)
 
 
-async def jobs_or_signed(
+async def _jobs_or_signed(
     request: Request,
     gateway: GatewayDep,
     links: LinksDep,
-    job_id: Annotated[str, Depends(_job_id)],
-    n: PictureNumber,
     expires: Annotated[int | None, Query(description="Of a signed url: Unix seconds.")] = None,
     signature: Annotated[str | None, Query(description="Of a signed url, which needs no API key.")] = None,
 ) -> Jobs:
-    """As the holder of a url that we signed, who may see that one picture, or as a caller. BadSignature."""
+    """As the holder of a url that we signed, who may see what it stands for, or as a caller. BadSignature."""
     if signature is None:
         return Jobs(gateway, await _caller(request, gateway), request, links)
     signer = await gateway.signing.signer()
-    if expires is None or not signer.signed(job_id, n, expires, signature):
+    if expires is None or not signer.signed(request.scope["path"], expires, signature):
         raise BadSignature
     if expires <= time.time():
         raise LinkExpired(expires)
@@ -139,7 +146,7 @@ async def jobs_or_signed(
 
 
 JobsDep = Annotated[Jobs, Depends(_jobs)]
-JobsOrSigned = Annotated[Jobs, Depends(jobs_or_signed)]
+JobsOrSigned = Annotated[Jobs, Depends(_jobs_or_signed)]
 RepeatKey = Annotated[
     str | None,
     Header(

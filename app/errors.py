@@ -50,6 +50,13 @@ class Shown:
         return self._text
 
 
+class Words(str):
+    """Stands in a refusal for a value that is missing or too large to be shown: words, without quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 class BrokenJson(DarkroomError):
     """The body is not JSON."""
 

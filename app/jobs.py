@@ -203,7 +203,7 @@ def finished_picture(view: JobView, n: int) -> Picture:
         raise NotFinished(job.id, view.status)
     if view.status != "succeeded" or result is None or n >= len(result.pictures):
         raise NoPicture(f"generation '{job.id}' is {view.status}: it has no pictures")
-    if result.expires_at is not None and result.expires_at <= time.time():
+    if result.expires_at is not None and result.has_expired(time.time()):
         raise PicturesExpired(job.id, utc(result.expires_at), _why_expired(job))
     return result.pictures[n]
 

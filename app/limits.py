@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 
-from app.errors import Shown, shortened
+from app.errors import Shown, Words, shortened
 from app.schemas import GenerationCreate
 from app.size import size_of
 from model.params import GenerationParams, InvalidParams
@@ -36,12 +36,14 @@ class Catalog:
     async def card(self, name: str) -> ModelCard:
         """The card of a model, or the first that answers for that name. UnknownModel, QueueUnavailable."""
         cards = await self.cards()
-        if name in cards:
-            return cards[name]
-        for card in cards.values():
-            if name in card.aliases:
-                return card
+        if card := named(cards, name):
+            return card
         raise UnknownModel(shortened(name), list(cards))
+
+
+def named(cards: Mapping[str, ModelCard], name: str) -> ModelCard | None:
+    """The card of that name, else the first that answers for it."""
+    return cards.get(name) or next((card for card in cards.values() if name in card.aliases), None)
 
 
 def resolve(create: GenerationCreate, card: ModelCard, settings: ContractSettings, *, request_id: str) -> Job:
@@ -125,7 +127,7 @@ def _check_prompts(create: GenerationCreate, limits: Limits) -> None:
         text: str = getattr(create, field)
         if len(text) > limits.max_prompt_chars:
             value = f"{len(text):,} characters long"
-            raise InvalidField(field, _Words(value), f"at most {limits.max_prompt_chars:,} characters")
+            raise InvalidField(field, Words(value), f"at most {limits.max_prompt_chars:,} characters")
         if "\0" in text:
             raise InvalidField(field, Shown(text), "text without U+0000")
 
@@ -138,7 +140,7 @@ def _check_size(width: int, height: int, limits: Limits) -> None:
             raise InvalidField(field, Shown(side), f"{allowed}, such as {_nearest(side, limits)}")
     if not limits.min_pixels <= width * height <= limits.max_pixels:
         allowed = f"width x height from {limits.min_pixels:,} to {limits.max_pixels:,} pixels"
-        raise InvalidField("width", _Words(f"{width} and height is {height}, {width * height:,} pixels"), allowed)
+        raise InvalidField("width", Words(f"{width} and height is {height}, {width * height:,} pixels"), allowed)
 
 
 def _nearest(side: int, limits: Limits) -> int:
@@ -150,10 +152,3 @@ def _nearest(side: int, limits: Limits) -> int:
 def _check_most(field: str, value: float, least: float, most: float) -> None:
     if not least <= value <= most:
         raise InvalidField(field, Shown(value), f"{least:g} to {most:g}")
-
-
-class _Words(str):
-    """Words that say a value, shown without quotes."""
-
-    def __repr__(self) -> str:
-        return str(self)

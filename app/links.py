@@ -10,10 +10,14 @@ from worker.contract.job import JobView
 
 @dataclass(frozen=True)
 class Links:
-    """Absolute urls of the native surface; those of pictures are signed where API keys are on."""
+    """Absolute urls of the native surface; where API keys are on, some are signed."""
 
     base_url: str  # no slash at its end
     signer: Signer | None = None
+
+    def signed(self, path: str, expires: int) -> str:
+        """The url of a path, good without a key until `expires` (Unix seconds)."""
+        return self.base_url + path + (self.signer.query(path, expires) if self.signer else "")
 
     def generation(self, job_id: str) -> str:
         """GET, DELETE: the generation."""
@@ -21,8 +25,6 @@ class Links:
 
     def image(self, view: JobView, n: int) -> str:
         """GET: the bytes of picture `n` of a job that succeeded."""
-        url = f"{self.generation(view.job.id)}/images/{n}"
+        path = f"/v1/generations/{view.job.id}/images/{n}"
         expires_at = view.result.expires_at if view.result else None
-        if self.signer is None or expires_at is None:
-            return url
-        return url + self.signer.query(view.job.id, n, int(expires_at))
+        return self.base_url + path if expires_at is None else self.signed(path, int(expires_at))

@@ -94,6 +94,16 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.gateway, app.state.owns_queue = gateway, owns_queue
+    _add_routes(app, settings)
+    app.add_exception_handler(DarkroomError, refusals.on_darkroom_error)
+    app.add_exception_handler(HTTPException, refusals.on_http_exception)
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+    _add_middleware(app, gateway)
+    return app
+
+
+def _add_routes(app: FastAPI, settings: GatewaySettings) -> None:
+    """Ours and the vendors', and how refusals read on each's paths."""
     app.state.shapes = {"": refusals.native}
     key = [Security(KEY_SCHEME)] if settings.keys_on else []  # tells the OpenAPI; each route asks by its CallerDep
     for router in (generations.router, images.router, events.router, models.router):
@@ -103,10 +113,11 @@ def create_app(
     for dialect in DIALECTS:
         app.include_router(dialect.router, dependencies=key)
         app.state.shapes |= dict.fromkeys(dialect.PREFIXES, dialect.render)
-    app.add_exception_handler(DarkroomError, refusals.on_darkroom_error)
-    app.add_exception_handler(HTTPException, refusals.on_http_exception)
-    app.add_exception_handler(RequestValidationError, on_validation_error)
-    # The one added last runs first
+
+
+def _add_middleware(app: FastAPI, gateway: Gateway) -> None:
+    """What every request passes; the one added last runs first."""
+    settings = gateway.settings
     app.add_middleware(
         BodyLimit,
         max_bytes=settings.max_body_bytes,
@@ -126,7 +137,6 @@ def create_app(
             allow_headers=["*"],
             expose_headers=EXPOSED_HEADERS,
         )
-    return app
 
 
 def serve(settings: GatewaySettings) -> None:

@@ -1,4 +1,4 @@
-"""Picture urls that need no API key: signed by us, good until the picture is deleted."""
+"""Urls that need no API key: signed by us, good until a moment that they name."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ class Signer:
     """Signs and checks with the secret that all gateways of one Redis share (HMAC-SHA256)."""
 
     def __init__(self, secret: bytes) -> None:
-        self._secret = hmac.digest(secret, b"darkroom picture url", "sha256")  # the secret signs other things as well
+        self._secret = hmac.digest(secret, b"darkroom url", "sha256")  # the secret signs other things as well
 
-    def signature(self, job_id: str, n: int, expires: int) -> str:
-        """The signature of picture `n` of a job, good until `expires` (Unix seconds): 43 url-safe characters."""
-        digest = hmac.digest(self._secret, f"{job_id}/{n}/{expires}".encode(), hashlib.sha256)
+    def signature(self, path: str, expires: int) -> str:
+        """The signature of a url's path, good until `expires` (Unix seconds): 43 url-safe characters."""
+        digest = hmac.digest(self._secret, f"{expires} {path}".encode("utf-8", "replace"), hashlib.sha256)
         return urlsafe_b64encode(digest).decode().rstrip("=")
 
-    def query(self, job_id: str, n: int, expires: int) -> str:
-        """What the url of the picture ends with."""
-        return f"?expires={expires}&signature={self.signature(job_id, n, expires)}"
+    def query(self, path: str, expires: int) -> str:
+        """What the url ends with."""
+        return f"?expires={expires}&signature={self.signature(path, expires)}"
 
-    def signed(self, job_id: str, n: int, expires: int, signature: str) -> bool:
+    def signed(self, path: str, expires: int, signature: str) -> bool:
         """Whether we signed it; whether it has expired is not asked here."""
-        ours = self.signature(job_id, n, expires)
+        ours = self.signature(path, expires)
         return hmac.compare_digest(ours.encode(), signature.encode("utf-8", "replace"))
 
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 import httpcore
@@ -25,7 +24,7 @@ from app.dialects import deepinfra
 from app.dialects.predictions import prediction
 from app.links import Links
 from app.logs import make_log
-from app.schemas import Generation
+from app.schemas import Generation, timestamp
 from app.settings import GatewaySettings
 from app.signing import Signer
 from app.webhook_signature import signature_headers, signing_secret
@@ -280,7 +279,7 @@ def message(entry: Entry, view: JobView, links: Links) -> dict[str, Any]:
         case _:
             return {
                 "type": f"generation.{entry.event}",
-                "timestamp": datetime.fromtimestamp(entry.at, UTC).isoformat().replace("+00:00", "Z"),
+                "timestamp": timestamp(entry.at),
                 "data": Generation.of(view, links).model_dump(mode="json", by_alias=True),
             }
 

@@ -12,13 +12,17 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from app.errors import BrokenForm, BrokenJson, Shown, UnsupportedMediaType
+from app.errors import BrokenForm, BrokenJson, Shown, UnsupportedMediaType, Words
+from app.schemas import MAX_PUBLIC_SEED
 from worker.contract.errors import InvalidField
 
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 MAX_PARTS = 64
 ALLOWED = "; allowed: "
 """What stands between an InvalidField's value and what is allowed."""
+
+NO_PICTURES = "none: pictures from pictures are not served yet, only from text"
+"""What is allowed where a vendor takes a picture."""
 
 AskedT = TypeVar("AskedT", bound=BaseModel)
 
@@ -89,9 +93,14 @@ def checked(kind: type[AskedT], data: Mapping[str, Any]) -> AskedT:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else "body"
-    value = _Missing() if first["type"] == "missing" else Shown(first["input"])
+    value = Words("missing") if first["type"] == "missing" else Shown(first["input"])
     field = kind.model_fields.get(name)
     raise InvalidField(name, value, (field and field.description) or first["msg"])
+
+
+def folded(seed: int | None) -> int | None:
+    """A vendor's seed as one of ours: those that are too large, or negative, become others."""
+    return None if seed is None else seed % (MAX_PUBLIC_SEED + 1)
 
 
 def in_their_words(error: InvalidField, names: Mapping[str, str], asked: BaseModel) -> InvalidField:
@@ -101,8 +110,3 @@ def in_their_words(error: InvalidField, names: Mapping[str, str], asked: BaseMod
     if theirs not in type(asked).model_fields or getattr(asked, theirs) is None:
         return error
     return InvalidField(theirs, Shown(getattr(asked, theirs)), str(error).partition(ALLOWED)[2])
-
-
-class _Missing:
-    def __repr__(self) -> str:
-        return "missing"

@@ -10,14 +10,13 @@ from pydantic import Field
 from starlette.responses import JSONResponse
 
 from app.deps import GatewayDep, JobsDep
-from app.dialects.body import Asked, checked, read_json
+from app.dialects.body import NO_PICTURES, Asked, checked, folded, read_json
 from app.dialects.models import card_named
 from app.dialects.sizes import of_ratio
 from app.dialects.synchronous import Call, accept, finish
 from app.jobs import Jobs
 from app.links import Links
 from app.refusals import Refusal
-from app.schemas import MAX_PUBLIC_SEED
 from worker.contract.cards import ModelCard
 from worker.contract.job import MEDIA_TYPES, JobView, Webhook
 
@@ -44,8 +43,8 @@ class TextToImage(Asked):
     guidance_scale: float | None = Field(None, ge=0, le=20, description="a number from 0 to 20")
     seed: int | None = Field(None, ge=0, lt=2**64, description="a whole number from 0 to 18446744073709551615")
     webhook: str | None = Field(None, max_length=2048, description="a url of at most 2,048 characters")
-    image: None = Field(None, description="none: pictures from pictures are not served yet, only from text")
-    strength: None = Field(None, description="none: pictures from pictures are not served yet, only from text")
+    image: None = Field(None, description=NO_PICTURES)
+    strength: None = Field(None, description=NO_PICTURES)
 
 
 @router.post("/v1/inference/{model:path}")
@@ -108,7 +107,7 @@ def _call(asked: TextToImage, card: ModelCard) -> Call:
         "num_images": asked.num_images,
         "steps": asked.num_inference_steps,
         "guidance_scale": asked.guidance_scale,
-        "seed": None if asked.seed is None else asked.seed % (MAX_PUBLIC_SEED + 1),
+        "seed": folded(asked.seed),
         **({"width": asked.width, "height": asked.height} if sized else of_ratio(asked.aspect_ratio or "1:1", card)),
     }
     return Call(dialect="deepinfra", asked=asked, create=create, names=OUR_NAMES)

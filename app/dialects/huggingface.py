@@ -9,12 +9,11 @@ from pydantic import Field
 from starlette.responses import JSONResponse
 
 from app.deps import GatewayDep, JobsDep
-from app.dialects.body import Asked, checked, read_json
+from app.dialects.body import Asked, checked, folded, read_json
 from app.dialects.models import card_named
 from app.dialects.synchronous import Call, finish
 from app.errors import Shown
 from app.refusals import Refusal
-from app.schemas import MAX_PUBLIC_SEED
 from model.params import Sampler
 from worker.contract.cards import ModelCard
 from worker.contract.errors import InvalidField
@@ -95,7 +94,7 @@ def _call(asked: TextToImage, card: ModelCard, accept: str) -> Call:
         "steps": asked.num_inference_steps,
         "guidance_scale": asked.guidance_scale,
         "sampler": None if asked.scheduler is None else SCHEDULERS[asked.scheduler],
-        "seed": None if asked.seed is None else asked.seed % (MAX_PUBLIC_SEED + 1),
+        "seed": folded(asked.seed),
         "output_format": asked.output_format or _accepted(accept),
     }
     return Call(dialect="huggingface", asked=asked, create=create, names=OUR_NAMES)

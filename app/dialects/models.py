@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from app.errors import shortened
-from app.limits import Catalog
+from app.limits import Catalog, named
 from worker.contract.cards import ModelCard
 from worker.contract.errors import UnknownModel
 from worker.contract.queue import JobQueue
@@ -55,10 +55,4 @@ async def default_card(catalog: Catalog, queue: JobQueue, default_model: str | N
 def find_card(cards: Mapping[str, ModelCard], name: str) -> ModelCard | None:
     """The card of that name or alias; else of the name without its owner; else of what we call that."""
     bare = name.rpartition("/")[2]
-    for candidate in (name, bare, OUR_NAMES.get(bare.lower(), "")):
-        if candidate in cards:
-            return cards[candidate]
-        for card in cards.values():
-            if candidate and candidate in card.aliases:
-                return card
-    return None
+    return named(cards, name) or named(cards, bare) or named(cards, OUR_NAMES.get(bare.lower(), ""))

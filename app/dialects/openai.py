@@ -20,7 +20,7 @@ from pydantic import Field
 from starlette.responses import JSONResponse
 
 from app.deps import CallerDep, Gateway, GatewayDep, JobsDep
-from app.dialects.body import Asked, checked, in_their_words, read_json
+from app.dialects.body import Asked, checked, folded, in_their_words, read_json
 from app.dialects.models import card_named, default_card, find_card
 from app.dialects.partials import jpeg_size, partial_pictures
 from app.dialects.sizes import fitted
@@ -28,7 +28,6 @@ from app.dialects.synchronous import Call, Retry, accept, finish, succeeded
 from app.errors import NotServed
 from app.jobs import Jobs, finished_picture
 from app.refusals import Refusal, status_of
-from app.schemas import MAX_PUBLIC_SEED
 from app.sse import EventStream
 from model.params import Sampler
 from worker.contract.cards import ModelCard
@@ -174,7 +173,7 @@ def _call(asked: ImageGenerate, card: ModelCard) -> Call:
         "negative_prompt": asked.negative_prompt,
         "steps": _steps(asked.quality, card) if steps is None else steps,
         "guidance_scale": asked.guidance_scale,
-        "seed": None if asked.seed is None else asked.seed % (MAX_PUBLIC_SEED + 1),
+        "seed": folded(asked.seed),
         "sampler": asked.sampler,
         "deterministic": asked.deterministic,
         "num_images": asked.n,

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pydantic import Field
 
-from app.dialects.body import Asked
+from app.dialects.body import Asked, folded
 from app.dialects.sizes import of_ratio
+from app.dialects.synchronous import LATE
 from app.links import Links
-from app.schemas import MAX_PUBLIC_SEED
+from app.schemas import timestamp
 from worker.contract.cards import ModelCard
 from worker.contract.job import Job, JobView, WebhookEvent
-
-LATE = "deadline_exceeded"
-"""Code of a failure: the job's deadline passed."""
 
 LOG_LINES = 50
 """Lines of progress that the logs of a prediction hold at most."""
 
 BAR = 10
-STREAM = -1
-"""Signs the url of a prediction's stream, where the signature of a picture's has the picture's number."""
-
 UNKNOWN_TIME = "1970-01-01T00:00:00Z"
 COG_VERSION = "0.9.0"
 """From 0.3.9 on, clients believe the schema about what the output is."""
@@ -96,14 +91,6 @@ class Input(Asked):
     size: str | None = Field(None, pattern=r"^[0-9]{2,4}x[0-9]{2,4}$", description="width and height, as in 1024x1024")
 
 
-class Given:
-    """Stands in a refusal for a value that is too large to be shown."""
-
-    def __repr__(self) -> str:
-        """As it is shown."""
-        return "given"
-
-
 def fields_of(asked: Input, card: ModelCard, published: Published) -> dict[str, Any]:
     """The fields of GenerationCreate that an input stands for; None: not said."""
     defaults = published if published.variant == card.variant else Published(card.variant)
@@ -115,7 +102,7 @@ def fields_of(asked: Input, card: ModelCard, published: Published) -> dict[str, 
         **({"width": width, "height": height} if width or height else of_ratio(asked.aspect_ratio or "1:1", card)),
         "steps": first_of(asked.steps, asked.num_inference_steps, defaults.steps),
         "guidance_scale": first_of(asked.cfg, asked.guidance_scale, defaults.cfg),
-        "seed": None if asked.seed is None else asked.seed % (MAX_PUBLIC_SEED + 1),
+        "seed": folded(asked.seed),
         "num_images": asked.num_outputs,
         "output_format": "jpeg" if asked.output_format == "jpg" else asked.output_format,
         "output_quality": max(1, asked.output_quality),
@@ -148,7 +135,8 @@ def version_id(model: str, revision: str, *, array: bool = False) -> str:
 def prediction(view: JobView, links: Links) -> dict[str, Any]:
     """Replicate's prediction object of any of our jobs."""
     job, echo = view.job, view.job.echo
-    url = f"{links.base_url}/v1/predictions/{job.id}"
+    path = f"/v1/predictions/{job.id}"
+    url = links.base_url + path
     status, failure = status_of(view), view.result.failure if view.result else None
     said = {
         "id": job.id,
@@ -165,7 +153,7 @@ def prediction(view: JobView, links: Links) -> dict[str, Any]:
         "created_at": _time(job.created_at),
         "started_at": _time(view.started_at),
         "completed_at": _time(view.ended_at),
-        "urls": {"get": url, "cancel": f"{url}/cancel", "stream": f"{url}/stream{_signature(job, links)}"},
+        "urls": {"get": url, "cancel": f"{url}/cancel", "stream": links.signed(f"{path}/stream", int(job.deadline))},
     }
     if job.webhook:
         said["webhook"] = job.webhook.url
@@ -272,8 +260,7 @@ def _output(view: JobView, links: Links) -> str | list[str] | None:
 
 
 def _removed(view: JobView) -> bool:
-    expires_at = view.result.expires_at if view.result else None
-    return expires_at is not None and expires_at <= datetime.now(UTC).timestamp()
+    return view.result is not None and view.result.has_expired(time.time())
 
 
 def _metrics(view: JobView) -> dict[str, float]:
@@ -285,10 +272,6 @@ def _metrics(view: JobView) -> dict[str, float]:
     return {name: round(max(0.0, seconds), 6) for name, seconds in metrics.items()}
 
 
-def _signature(job: Job, links: Links) -> str:
-    return links.signer.query(job.id, STREAM, int(job.deadline)) if links.signer else ""
-
-
 def _bar(step: int, steps: int) -> str:
     """Such as ` 50%|#####     | 14/28`, which clients read a prediction's progress from."""
     filled = BAR * step // steps
@@ -296,4 +279,4 @@ def _bar(step: int, steps: int) -> str:
 
 
 def _time(unix_s: float | None) -> str | None:
-    return None if unix_s is None else datetime.fromtimestamp(unix_s, UTC).isoformat().replace("+00:00", "Z")
+    return None if unix_s is None else timestamp(unix_s)

@@ -12,20 +12,21 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.sse import format_sse_event
 from pydantic import Field
 from starlette.responses import JSONResponse
 
-from app.deps import CallerDep, Gateway, GatewayDep, JobId, JobsDep, LinksDep, jobs_or_signed
+from app.deps import CallerDep, Gateway, GatewayDep, JobId, JobsDep, JobsOrSigned, LinksDep, preferred_wait_s
 from app.dialects import predictions
-from app.dialects.body import Asked, checked, read_json
+from app.dialects.body import NO_PICTURES, Asked, checked, read_json
 from app.dialects.models import card_named
-from app.dialects.predictions import EVENTS, VERSIONS, Given, Input, Published, prediction, published_as, version_id
+from app.dialects.predictions import EVENTS, VERSIONS, Input, Published, prediction, published_as, version_id
 from app.dialects.synchronous import Call, accept
-from app.errors import Shown
+from app.errors import Shown, Words
 from app.jobs import Jobs
 from app.refusals import Refusal
+from app.schemas import MAX_WAIT_S
 from app.sse import EventStream
 from app.webhook_signature import signing_secret
 from worker.contract.cards import ModelCard
@@ -44,18 +45,14 @@ PREFIXES = (
     "/v1/collections",
 )
 
-MAX_HOLD_S = 60.0
 ANSWER_WITHIN_S = 0.3
 """Clients hang up half a second after the time that they asked to wait for."""
 
 PAGE = 100
-PREFER_WAIT = re.compile(r'wait\s*(?:=\s*"?(\d{1,9})"?\s*)?(?:;.*)?', re.IGNORECASE | re.ASCII)
 DURATION = re.compile(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s?)?", re.ASCII)
 HEXADECIMAL = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 TITLES = {401: "Unauthenticated", 404: "Not Found", 422: "Input validation failed", 429: "Too Many Requests"}
-
-_GIVEN = Given()
 
 router = APIRouter(include_in_schema=False)
 
@@ -129,22 +126,10 @@ async def cancel(job_id: JobId, jobs: JobsDep) -> dict[str, Any]:
     return prediction(await jobs.cancel(job_id), jobs.links)
 
 
-async def _stream_jobs(
-    request: Request,
-    gateway: GatewayDep,
-    links: LinksDep,
-    job_id: JobId,
-    expires: Annotated[int | None, Query()] = None,
-    signature: Annotated[str | None, Query()] = None,
-) -> Jobs:
-    """As the holder of a stream's url, which needs no API key, or as a caller."""
-    return await jobs_or_signed(request, gateway, links, job_id, predictions.STREAM, expires, signature)
-
-
 @router.get("/v1/predictions/{id}/stream")
 async def stream(
     job_id: JobId,
-    jobs: Annotated[Jobs, Depends(_stream_jobs)],
+    jobs: JobsOrSigned,
     gateway: GatewayDep,
     last_event_id: Annotated[str, Header()] = "",
 ) -> Response:
@@ -182,7 +167,7 @@ async def list_files(_: CallerDep) -> dict[str, Any]:
 @router.post("/v1/files")
 async def create_file(_: CallerDep) -> Response:
     """Refused: files are input of models that take pictures."""
-    raise InvalidField("content", _GIVEN, "none: no model here takes pictures as input yet, only text")
+    raise InvalidField("content", Words("given"), "none: no model here takes pictures as input yet, only text")
 
 
 @router.get("/v1/webhooks/default/secret")
@@ -222,9 +207,9 @@ async def _create(asked: Create, wanted: Wanted, request: Request, jobs: Jobs) -
     While it has not ended the answer says `starting`: clients take any other word for an end.
     """
     view = await accept(_call(asked, wanted, _cancel_after_s(request)), jobs, request, webhook=_webhook(asked))
-    hold_s, status = _hold_s(request), 201
+    hold_s, status = preferred_wait_s(request, unsaid=MAX_WAIT_S), 201
     if hold_s is not None:
-        view = await jobs.hold(view, hold_s - ANSWER_WITHIN_S)
+        view = await jobs.hold(view, max(1, hold_s) - ANSWER_WITHIN_S)
         status = 201 if view.status in TERMINAL else 202
     said = prediction(view, jobs.links)
     if view.status not in TERMINAL:
@@ -234,7 +219,7 @@ async def _create(asked: Create, wanted: Wanted, request: Request, jobs: Jobs) -
 
 def _call(asked: Create, wanted: Wanted, cancel_after_s: int | None) -> Call:
     if asked.input.get("image"):
-        raise InvalidField("image", _GIVEN, "none: pictures from pictures are not served yet, only from text")
+        raise InvalidField("image", Words("given"), NO_PICTURES)
     given = checked(Input, asked.input)
     echo: dict[str, Any] = {
         "model": wanted.model,
@@ -291,14 +276,6 @@ async def _by_version(text: str, gateway: Gateway) -> Wanted:
 
 def _version(wanted: Wanted) -> dict[str, Any]:
     return predictions.version(wanted.version, wanted.card, wanted.published)
-
-
-def _hold_s(request: Request) -> float | None:
-    """Seconds that the client would wait for the end; None if it does not."""
-    for preference in ",".join(request.headers.getlist("prefer")).split(","):
-        if match := PREFER_WAIT.fullmatch(preference.strip()):
-            return min(max(float(match[1] or MAX_HOLD_S), 1.0), MAX_HOLD_S)
-    return None
 
 
 def _cancel_after_s(request: Request) -> int | None:

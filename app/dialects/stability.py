@@ -13,11 +13,11 @@ from pydantic import Field, field_validator
 from starlette.responses import JSONResponse
 
 from app.deps import CallerDep, GatewayDep, JobsDep
-from app.dialects.body import Asked, checked, read_form
+from app.dialects.body import NO_PICTURES, Asked, checked, read_form
 from app.dialects.models import card_named
 from app.dialects.sizes import of_ratio
 from app.dialects.synchronous import Call, accept, finish, succeeded
-from app.errors import NotServed, Shown
+from app.errors import NotServed, Shown, Words
 from app.jobs import Jobs
 from app.refusals import Refusal
 from worker.contract.cards import ModelCard
@@ -99,7 +99,7 @@ async def generate(service: Annotated[str, Path()], request: Request, jobs: Jobs
         raise NotServed(f"stable-image/generate/{service}", "sd3, core, ultra")
     form = await read_form(request)
     if "image" in form.files or "image" in form.text or "strength" in form.text:
-        raise InvalidField("image", _Given(), "none: pictures from pictures are not served yet, only from text")
+        raise InvalidField("image", Words("given"), NO_PICTURES)
     asked = checked(StableImage, form.text)
     named = asked.model if service == "sd3" and asked.model else DEFAULT_MODEL
     try:
@@ -161,8 +161,3 @@ async def _answer(view: JobView, jobs: Jobs, request: Request) -> Response:
         body = {"image": b64encode(data).decode(), "seed": picture.seed, "finish_reason": reason}
         return JSONResponse(body, headers={"content-type": f"application/json; type={kind}"})
     return Response(data, headers={"content-type": kind, "finish-reason": reason, "seed": str(picture.seed)})
-
-
-class _Given:
-    def __repr__(self) -> str:
-        return "given"

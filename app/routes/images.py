@@ -6,9 +6,9 @@ import hashlib
 import time
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Response, status
+from fastapi import APIRouter, Header, Path, Response, status
 
-from app.deps import JobId, JobsOrSigned, PictureNumber
+from app.deps import JobId, JobsOrSigned
 from app.jobs import finished_picture
 from app.schemas import refusals
 from worker.contract.job import MEDIA_TYPES, JobView
@@ -30,7 +30,7 @@ router = APIRouter(tags=["generations"])
 async def get_image(
     jobs: JobsOrSigned,
     job_id: JobId,
-    n: PictureNumber,
+    n: Annotated[int, Path(ge=0, description="Which picture, from 0.")],
     if_none_match: Annotated[str | None, Header(description="An `ETag` that the client holds.")] = None,
 ) -> Response:
     """The bytes of one picture; immutable, so caches may keep them until they expire.

@@ -10,7 +10,7 @@ from app.schemas.generation import (
     Image,
     Params,
     Urls,
-    moment,
+    timestamp,
 )
 from app.schemas.health import Alive, Readiness
 from app.schemas.model import Model, ModelDefaults, ModelLimits, ModelList
@@ -39,8 +39,8 @@ __all__ = [
     "Readiness",
     "Urls",
     "WebhookCreate",
-    "moment",
     "refusals",
+    "timestamp",
 ]
 
 DESCRIPTION = """

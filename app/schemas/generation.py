@@ -201,6 +201,11 @@ def moment(unix_s: float) -> datetime:
     return datetime.fromtimestamp(unix_s, UTC)
 
 
+def timestamp(unix_s: float) -> str:
+    """The same in words, with microseconds."""
+    return moment(unix_s).isoformat().replace("+00:00", "Z")
+
+
 def _webhook(view: JobView) -> WebhookState | None:
     if view.job.webhook is None:
         return None

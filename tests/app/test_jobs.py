@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -22,6 +23,7 @@ from worker.contract.queue import Idempotency
 from worker.intake import Intake
 
 TINY = {"model": "tiny", "prompt": "a red circle"}
+CREATE = GenerationCreate(**TINY)  # type: ignore[arg-type]
 UNKNOWN = f"/v1/generations/gen_{'0' * 31}"
 
 
@@ -90,37 +92,30 @@ async def test_admin_sees_and_ends_jobs_of_others_but_lists_its_own(
     assert (await served.delete(url, headers=admin)).status_code == 204
 
 
-async def test_caller_who_cannot_wait_so_long_is_told_when_to_come_back(
-    app: FastAPI, settings: GatewaySettings, worker: FakeWorker
-) -> None:
+@pytest.fixture
+def slow_jobs(app: FastAPI, settings: GatewaySettings, worker: FakeWorker) -> Iterator[Jobs]:
+    """Where one job makes a long wait for the next: the only worker that is left says that it is slow."""
     worker.stop()
     intake = Intake.connect(settings, "slow")
     intake.renew(["tiny"], {"tiny": 0.001})
-    jobs = Jobs(app.state.gateway, ANONYMOUS, _request(app), Links(BASE_URL))
-    create = GenerationCreate(**TINY)  # type: ignore[arg-type]
-    await jobs.accept(create, hold_s=10)  # nothing waits yet
+    yield Jobs(app.state.gateway, ANONYMOUS, _request(app), Links(BASE_URL))
+    intake.retire()
+    intake.close()
+
+
+async def test_caller_who_cannot_wait_so_long_is_told_when_to_come_back(slow_jobs: Jobs) -> None:
+    await slow_jobs.accept(CREATE, hold_s=10)  # nothing waits yet
     with pytest.raises(WaitTooLong, match="this call waits 10 s at most") as refused:
-        await jobs.accept(create, hold_s=10)
+        await slow_jobs.accept(CREATE, hold_s=10)
     assert refused.value.retry_after_s > 0
-    assert len(await jobs.page(100)) == 1
-    intake.retire()
-    intake.close()
+    assert len(await slow_jobs.page(100)) == 1
 
 
-async def test_request_that_comes_again_under_its_key_is_answered_however_long_the_wait(
-    app: FastAPI, settings: GatewaySettings, worker: FakeWorker
-) -> None:
-    worker.stop()
-    intake = Intake.connect(settings, "slow")
-    intake.renew(["tiny"], {"tiny": 0.001})
-    jobs = Jobs(app.state.gateway, ANONYMOUS, _request(app), Links(BASE_URL))
-    create = GenerationCreate(**TINY)  # type: ignore[arg-type]
+async def test_request_that_comes_again_under_its_key_is_answered_however_long_the_wait(slow_jobs: Jobs) -> None:
     key = Idempotency("a route", "once", "f" * 64)
-    first = await jobs.accept(create, idempotency=key, hold_s=10)
-    again = await jobs.accept(create, idempotency=key, hold_s=10)
+    first = await slow_jobs.accept(CREATE, idempotency=key, hold_s=10)
+    again = await slow_jobs.accept(CREATE, idempotency=key, hold_s=10)
     assert again.job.id == first.job.id
-    intake.retire()
-    intake.close()
 
 
 def _request(app: FastAPI) -> Request:

@@ -159,6 +159,10 @@ class Result:
     fingerprint: str | None = None  # of all that the pictures' bytes depend on beside the job
     gpu_seconds: float = 0.0  # its share of the time of the batches that it rode in
 
+    def has_expired(self, now: float) -> bool:
+        """Whether its pictures are past their time. `now`: Unix seconds."""
+        return self.expires_at is not None and self.expires_at <= now
+
     def to_json(self) -> str:
         """The result as JSON."""
         return json.dumps(asdict(self), separators=(",", ":"))

@@ -24,7 +24,7 @@ from redis.client import Pipeline
 from redis.retry import Retry
 
 from worker.contract.errors import InvalidField
-from worker.contract.link import link_options, reaching_redis, retry_once_async
+from worker.contract.link import connect_async, link_options, reaching_redis
 from worker.contract.settings import ContractSettings
 
 Scope = Literal["generate", "read", "high-priority", "admin"]
@@ -39,7 +39,6 @@ FRESH_S = 1.0
 USED_EVERY_S = 300.0
 MOST_REMEMBERED = 4096
 MAX_CONNECTIONS = 16
-CONNECTION_WAIT_S = 5.0
 
 KEY_ID = re.compile(r"[0-9a-f]{12}")
 KEY_TEXT = re.compile(r"dr_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
@@ -140,14 +139,7 @@ class Keys:
     @classmethod
     def connect(cls, settings: ContractSettings) -> Self:
         """On the Redis of the settings; nothing is sent yet."""
-        pool = redis.asyncio.BlockingConnectionPool.from_url(
-            str(settings.redis_url),
-            max_connections=MAX_CONNECTIONS,
-            timeout=CONNECTION_WAIT_S,
-            retry=retry_once_async(),
-            **link_options(),
-        )
-        return cls(redis.asyncio.Redis.from_pool(pool))
+        return cls(connect_async(settings, MAX_CONNECTIONS))
 
     async def close(self) -> None:
         """Closes all connections."""

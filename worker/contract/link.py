@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -13,6 +14,10 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from worker.contract.errors import QueueUnavailable
+from worker.contract.settings import ContractSettings
+
+CONNECTION_WAIT_S = 5.0
+"""A burst of requests waits so long for a connection; the client's plain pool would fail at once."""
 
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 2.0
@@ -26,6 +31,18 @@ def link_options() -> dict[str, Any]:
         "decode_responses": False,
         "socket_keepalive": True,  # a listener waits for ever on a host that vanished, otherwise
     }
+
+
+def connect_async(settings: ContractSettings, max_connections: int) -> redis.asyncio.Redis:
+    """A client of the Redis of the settings with a pool of its own; nothing is sent yet."""
+    pool = redis.asyncio.BlockingConnectionPool.from_url(
+        str(settings.redis_url),
+        max_connections=max_connections,
+        timeout=CONNECTION_WAIT_S,
+        retry=retry_once_async(),
+        **link_options(),
+    )
+    return redis.asyncio.Redis.from_pool(pool)
 
 
 def retry_once() -> Retry:

@@ -10,7 +10,7 @@ import redis.asyncio
 from redis.commands.core import AsyncScript
 
 from worker.contract.job import WebhookEvent
-from worker.contract.link import link_options, reaching_redis, retry_once_async
+from worker.contract.link import connect_async, reaching_redis
 from worker.contract.settings import ContractSettings
 from worker.contract.transitions import script
 
@@ -18,7 +18,6 @@ KEPT = 20
 """Deliveries that a job's log keeps."""
 
 MAX_CONNECTIONS = 16
-CONNECTION_WAIT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,7 @@ class Outbox:
     @classmethod
     def connect(cls, settings: ContractSettings) -> Self:
         """On the Redis of the settings; nothing is sent yet."""
-        pool = redis.asyncio.BlockingConnectionPool.from_url(
-            str(settings.redis_url),
-            max_connections=MAX_CONNECTIONS,
-            timeout=CONNECTION_WAIT_S,
-            retry=retry_once_async(),
-            **link_options(),
-        )
-        return cls(redis.asyncio.Redis.from_pool(pool))
+        return cls(connect_async(settings, MAX_CONNECTIONS))
 
     async def close(self) -> None:
         """Closes all connections."""

@@ -30,7 +30,7 @@ from worker.contract.errors import (
 )
 from worker.contract.events import ENDINGS, EVENT_ID, FIRST, Event, JobEvents
 from worker.contract.job import PRIORITIES, TERMINAL, Job, JobView, Priority, queue_name
-from worker.contract.link import link_options, reaching_redis, retry_once_async
+from worker.contract.link import connect_async, reaching_redis
 from worker.contract.load import Load
 from worker.contract.orphans import Orphans
 from worker.contract.record import RecordWriter, read_view
@@ -64,8 +64,6 @@ PREVIEW_S = 30
 LATE_AT_MOST = 200
 
 MAX_CONNECTIONS = 32
-CONNECTION_WAIT_S = 5.0
-"""A burst of requests waits so long for a connection; the client's plain pool would fail at once."""
 
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -115,14 +113,7 @@ class JobQueue:
     @classmethod
     def connect(cls, settings: ContractSettings) -> Self:
         """A queue on the Redis of the settings; nothing is sent yet."""
-        pool = redis.asyncio.BlockingConnectionPool.from_url(
-            str(settings.redis_url),
-            max_connections=MAX_CONNECTIONS,
-            timeout=CONNECTION_WAIT_S,
-            retry=retry_once_async(),
-            **link_options(),
-        )
-        return cls(redis.asyncio.Redis.from_pool(pool), settings)
+        return cls(connect_async(settings, MAX_CONNECTIONS), settings)
 
     async def close(self) -> None:
         """Stops listening and closes all connections."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +21,9 @@ _MAX_KEY = 512
 _TEMPORARY = ".tmp-"
 _MODE = 0o640
 """The gateway may be another user of the worker's group."""
+_MEANWHILE = (errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY)
+"""Another process removed the folder that this one moves a picture into, or filled the one that this one removes."""
+_TRIES = 100
 
 
 def picture_key(job_id: str, execution: str, n: int, format: OutputFormat) -> str:
@@ -61,17 +65,17 @@ class FolderStore:
         """Writes beside the place, then moves there: a reader never sees half a picture."""
         path = self._path(key)
         with _reaching_folder():
-            handle, temporary = self._temporary(path.parent)
+            temporary = self._temporary()
             try:
-                with os.fdopen(handle, "wb") as file:
+                with temporary.open("wb") as file:
                     file.write(data)
                     file.flush()
                     os.fchmod(file.fileno(), _MODE)
                     os.fsync(file.fileno())
-                os.replace(temporary, path)
+                _persist(lambda: _move(temporary, path))
             except BaseException:
                 with suppress(OSError):
-                    os.unlink(temporary)
+                    temporary.unlink()
                 raise
 
     def get(self, key: str) -> bytes | None:
@@ -86,11 +90,8 @@ class FolderStore:
     def delete_prefix(self, prefix: str) -> None:
         """Removes the folder or file that the segments name; nothing there is no error."""
         path = self._path(prefix.removesuffix("/"))
-        with _reaching_folder(), suppress(FileNotFoundError, NotADirectoryError):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        with _reaching_folder(), suppress(NotADirectoryError):
+            _persist(lambda: shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True))
 
     def sweep(self, older_than_s: float) -> int:
         """Removes files last written longer ago than that, and the folders that are empty then."""
@@ -108,22 +109,19 @@ class FolderStore:
     def check(self) -> None:
         """Writes and removes an empty file."""
         with _reaching_folder():
-            handle, temporary = self._temporary(self._root)
-            os.close(handle)
-            os.unlink(temporary)
+            self._temporary().unlink()
 
     def _path(self, key: str) -> Path:
         if len(key) > _MAX_KEY or not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
             raise ValueError(f"picture key is {key!r}; allowed: letters, digits, '.', '_' and '-', joined by '/'")
         return self._root / key
 
-    def _temporary(self, folder: Path) -> tuple[int, str]:
-        """A new file in the folder, made if need be; a sweep may remove the folder between the two."""
-        for _ in range(10):
-            with suppress(FileNotFoundError):
-                folder.mkdir(parents=True, exist_ok=True)
-                return tempfile.mkstemp(prefix=_TEMPORARY, dir=folder)
-        raise FileNotFoundError(f"{folder} keeps vanishing")
+    def _temporary(self) -> Path:
+        """A new file, where no deletion of a prefix finds it."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        handle, path = tempfile.mkstemp(prefix=_TEMPORARY, dir=self._root)
+        os.close(handle)
+        return Path(path)
 
     @staticmethod
     def _remove_if_older(path: Path, limit: float) -> int:
@@ -132,6 +130,20 @@ class FolderStore:
                 path.unlink()
                 return 0 if path.name.startswith(_TEMPORARY) else 1
         return 0
+
+
+def _move(temporary: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(temporary, path)
+
+
+def _persist(action: Callable[[], None]) -> None:
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in _MEANWHILE or not tries_left:
+                raise
 
 
 @contextmanager

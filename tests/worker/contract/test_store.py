@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -118,6 +119,16 @@ def test_put_survives_a_sweep_that_takes_its_empty_folder(store):
         stop.set()
         sweeper.join()
     assert all(store.get(f"gen_{n}/abc/0.png") == b"x" for n in range(50))
+
+
+def test_put_and_delete_of_the_same_prefix_do_not_fail_each_other(store):
+    with ThreadPoolExecutor(2) as pool:
+        puts = pool.submit(lambda: [store.put(f"gen_1/a/{n}.png", b"red") for n in range(200)])
+        while not puts.done():
+            store.delete_prefix("gen_1")
+        assert len(puts.result()) == 200
+    store.delete_prefix("gen_1")
+    assert store.get("gen_1/a/199.png") is None
 
 
 def test_sweep_of_a_folder_not_made_yet_finds_nothing(store):
