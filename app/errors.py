@@ -9,6 +9,7 @@ DarkroomError (worker/contract/errors.py)
 ├── BodyTooSlow             a body that did not arrive in time
 ├── Unauthorized            no API key, or one that is not valid (any more)
 ├── Forbidden               an API key that may not do this
+├── ForeignPage             a web page of somebody else's, where API keys are off
 ├── RateLimited             more requests than an API key may make
 ├── BadSignature            a signed url that we did not sign
 ├── LinkExpired             a signed url that is too old
@@ -120,6 +121,18 @@ class Forbidden(DarkroomError):
 
     def __init__(self, needed: str, held: Iterable[str]) -> None:
         super().__init__(f"this needs the scope {needed}; the API key has {', '.join(sorted(held)) or 'none'}")
+
+
+class ForeignPage(DarkroomError):
+    """A web page of somebody else's calls, and no API key is asked for."""
+
+    code = "foreign_page"
+
+    def __init__(self, header: str, value: str) -> None:
+        mend = "DARKROOM_CORS_ORIGINS lets pages of other origins call"
+        if header == "host":
+            mend = "use localhost or an address; or name this server in DARKROOM_PUBLIC_URL, or switch API keys on"
+        super().__init__(f"{header} is {Shown(value)!r}, which is not this server's; {mend}")
 
 
 class RateLimited(DarkroomError):

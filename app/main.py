@@ -25,6 +25,7 @@ from app.limits import Catalog
 from app.logs import make_log, uvicorn_log_config
 from app.metrics import Metrics
 from app.middleware import BodyLimit, RequestContext
+from app.pages import PageGuard
 from app.routes import events, generations, health, images, models, playground
 from app.schemas import ANY_REFUSAL, DESCRIPTION, TAGS
 from app.settings import GatewaySettings
@@ -124,6 +125,8 @@ def _add_middleware(app: FastAPI, gateway: Gateway) -> None:
         max_multipart_bytes=settings.max_multipart_bytes,
         timeout_s=settings.body_timeout_s,
     )
+    if not settings.keys_on:
+        app.add_middleware(PageGuard, settings=settings)
     if gateway.traces:
         from app.tracing import Tracing  # with it comes OpenTelemetry
 

@@ -43,6 +43,7 @@ STATUS: dict[type[DarkroomError], int] = {
     errors.Unauthorized: 401,
     errors.Forbidden: 403,
     errors.BadSignature: 403,
+    errors.ForeignPage: 403,
     contract.UnknownModel: 404,
     contract.UnknownGeneration: 404,
     errors.NotFinished: 404,

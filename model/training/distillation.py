@@ -24,12 +24,12 @@ from model.mmdit import MMDiT
 from model.sampling import Shift, Stretched
 from model.training.adapters import adapted
 from model.training.compiling import load_compiled, save_compiled
+from model.training.descent import Descent
 from model.training.feed import Captioned, Feed, first_seed
 from model.training.loop import (
     Average,
     Leg,
     device_name,
-    finite,
     learning_rate,
     load_shards,
     read_record,
@@ -151,40 +151,35 @@ class Run:
         self.scale = teacher.guidance if settings.guidance is None else settings.guidance
         self.windows = windows(settings.steps, settings.shift, settings.substeps)
         self.random = random.Random(settings.seed)
-        self.peak, self.step_count, self.rows = settings.peak, 0, 0
-        self.optimizer = self._new_optimizer()
-        self.last_loss = self.before = float("nan")
+        self.descent = Descent(average, leg, settings.peak, self._new_optimizers)
+        self.descent.compiled = settings.compiled
+        self.rows, self.before = 0, float("nan")
         reading = Captioned(settings.source, teacher.reader())
         self.feed = Feed(reading, first_seed(settings.seed, settings.begin), settings.processes)
-        self.compiled = settings.compiled
-        if self.compiled:
+        if settings.compiled:
             torch._dynamo.config.recompile_limit = 64  # one for every kind of block and size
             for block in (*teacher.mmdit.joint_blocks, *student.joint_blocks):
                 block.compile(dynamic=False)
 
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            self.average.live, lr=self.peak, betas=(0.9, 0.98), weight_decay=0.0, fused=self.leg.on_gpu
-        )
+    def _new_optimizers(self, peak: float) -> list[torch.optim.Optimizer]:
+        weights, fused = self.average.live, self.leg.on_gpu
+        return [torch.optim.AdamW(weights, lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)]
 
     def loop(self) -> dict[str, float]:
         """Runs until the clock ends; returns figures of the leg. An error late in a run does not lose the run."""
         self.before = self.averaged_distance()
         self.log.say(f"distance to the teacher's last latents before: {self.before:.4f}")
         try:
-            self._loop()
-        except Exception as problem:
-            if not self.average.kept:
-                raise
-            self.log.say(f"stopped early: {type(problem).__name__}: {str(problem)[:600]}")
-            self.average.go_back()
+            with self.descent.guarded():
+                self._loop()
         finally:
             self.feed.close()
         return self._figures()
 
     def _figures(self) -> dict[str, float]:
         distances = {"distance_before": self.before, "distance": self.averaged_distance()}
-        return {"steps": self.step_count, "rows": self.rows, "loss": self.last_loss, **distances}
+        descent = self.descent
+        return {"steps": descent.steps, "rows": self.rows, "loss": descent.last_loss, **distances}
 
     def _loop(self) -> None:
         losses: list[Tensor] = []
@@ -200,27 +195,14 @@ class Run:
                 self.clock.run()
                 since, seen = self.clock.elapsed, self.rows
             elif runs > 2 and now - since > 10:
-                self._report(torch.stack(losses).mean().item(), (self.rows - seen) / (now - since))
+                loss, rate = torch.stack(losses).mean().item(), (self.rows - seen) / (now - since)
+                self.descent.report(loss, rows=self.rows, per_s=rate)
                 if self.clock.elapsed - measured > 60:
                     figures = self._figures()
                     self.log.row(distance=figures["distance"])
                     self.save(figures)
                     measured = self.clock.elapsed
                 since, seen, losses = self.clock.elapsed, self.rows, []
-
-    def _report(self, loss: float, rate: float) -> None:
-        lr = self.optimizer.param_groups[0]["lr"]
-        self.log.row(step=self.step_count, rows=self.rows, per_s=rate, loss=loss, lr=lr)
-        if finite([loss]):
-            self.last_loss = loss
-            self.average.keep()
-            return
-        if not self.average.kept:
-            raise FloatingPointError(f"the loss is {loss} after {self.step_count} steps: lower the learning rate")
-        self.peak /= 2
-        self.log.say(f"the loss is {loss}: back to the last good weights with half the learning rate")
-        self.average.go_back()
-        self.optimizer = self._new_optimizer()
 
     def run(self) -> list[Tensor]:
         """One run from noise to latents, an optimizer step a window; returns the losses, still on the device."""
@@ -232,7 +214,7 @@ class Run:
         losses = []
         with self._stance(size):
             for window in self.windows:
-                loss, ends, own_ends = self._attempt(x, window, texts)
+                loss, ends, own_ends = self._step(x, window, texts)
                 losses.append(loss)
                 x = torch.where(own, own_ends, ends)
         self.rows += size.batch
@@ -243,21 +225,15 @@ class Run:
         with self.leg.autocast():
             return self.teacher.read(tuple(ids.to(self.device, torch.long, non_blocking=True) for ids in tokens))
 
-    def _attempt(self, x: Tensor, window: Window, texts: Texts) -> tuple[Tensor, Tensor, Tensor]:
-        """`_window`, without torch.compile from the moment on at which that fails."""
-        try:
-            return self._window(x, window, texts)
-        except Exception as problem:  # a compiler's errors have no common type; without it the run is only slower
-            if not self.compiled:
-                raise
-            self.log.say(f"going on without torch.compile: {type(problem).__name__}: {str(problem)[:300]}")
-        self.compiled = False
-        torch.compiler.set_stance("force_eager")
-        self.optimizer.zero_grad(set_to_none=True)
-        return self._window(x, window, texts)
+    def _step(self, x: Tensor, window: Window, texts: Texts) -> tuple[Tensor, Tensor, Tensor]:
+        """One optimizer step: the loss, where the teacher ended, and where the student did."""
+        made = self.descent.attempt(lambda: self._window(x, window, texts))
+        descent, s = self.descent, self.settings
+        descent.step(learning_rate(descent.peak, self.clock.fraction, descent.steps, s.warmup))
+        return made
 
     def _window(self, x: Tensor, window: Window, texts: Texts) -> tuple[Tensor, Tensor, Tensor]:
-        """One optimizer step: the loss, where the teacher ended, and where the student did."""
+        """The gradients; returns as `_step` does."""
         span = window.start - window.end
         with torch.no_grad(), self.leg.autocast():
             ends = guided(self.teacher, x, window, texts, self.scale)
@@ -265,17 +241,7 @@ class Run:
             v = velocity(self.student, x, window.start, texts)
         loss = F.mse_loss(v, (x - ends) / span)
         loss.backward()
-        self._optimize()
         return loss.detach(), ends, x - span * v.detach()
-
-    def _optimize(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.peak, self.clock.fraction, self.step_count, self.settings.warmup)
-        torch.nn.utils.clip_grad_norm_(self.average.live, 1.0, foreach=True)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.average.update()
-        self.step_count += 1
 
     def averaged_distance(self) -> float:
         """`distance` with the averaged weights."""
@@ -287,7 +253,7 @@ class Run:
 
     def _stance(self, size: Size) -> AbstractContextManager[None]:
         """Whether compiled code is used for a size."""
-        if self.compiled and size.height == size.width and size.height in COMPILED_SIDES:
+        if self.descent.compiled and size.height == size.width and size.height in COMPILED_SIDES:
             return nullcontext()
         return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 

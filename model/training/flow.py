@@ -13,12 +13,12 @@ from torch import Tensor
 from model.config import MMDiTConfig
 from model.training.compiling import load_compiled, save_compiled
 from model.training.demo import DEMO_MMDIT
+from model.training.descent import Descent
 from model.training.feed import Captioned, Feed, first_seed
 from model.training.loop import (
     Average,
     Leg,
     device_name,
-    finite,
     learning_rate,
     read_record,
     save_shards,
@@ -138,9 +138,9 @@ class Run:
         self.settings, self.net, self.average, self.leg = settings, net, average, leg
         self.clock, self.log, self.device = leg.clock, leg.log, leg.device
         self.random = random.Random(settings.seed)
-        self.peak, self.step_count, self.pictures = settings.peak, 0, 0
-        self.optimizers = self._new_optimizers()
-        self.last_loss, self.validated = float("nan"), 0.0
+        self.descent = Descent(average, leg, settings.peak, self._new_optimizers)
+        self.descent.compiled = settings.compiled
+        self.pictures, self.validated = 0, 0.0
         reader = net.reader()
         self.dropout = Dropout(reader, settings.dropout, self.device)
         self.feed = Feed(
@@ -150,14 +150,13 @@ class Run:
         self.reservoir = Reservoir(encoder, self.feed, settings.reuse, settings.memory, len(sizes))
         pictures = settings.pictures or (64 if leg.on_gpu else 8)
         self.validation = Validation(settings.source, encoder, leg, pictures)
-        self.compiled = settings.compiled
         if settings.compiled:
             torch._dynamo.config.recompile_limit = 64  # one for every kind of block and size
             for block in net.mmdit.joint_blocks:
                 block.compile(dynamic=False)
 
-    def _new_optimizers(self) -> list[torch.optim.Optimizer]:
-        return new_optimizers(self.net, self.settings.optimizer, self.peak, fused=self.leg.on_gpu)
+    def _new_optimizers(self, peak: float) -> list[torch.optim.Optimizer]:
+        return new_optimizers(self.net, self.settings.optimizer, peak, fused=self.leg.on_gpu)
 
     @property
     def phase(self) -> Phase:
@@ -167,51 +166,33 @@ class Run:
     def loop(self) -> dict[str, float]:
         """Steps until the clock ends; returns figures of the leg. An error late in a run does not lose the run."""
         try:
-            self._loop()
-        except Exception as problem:
-            if not self.average.kept:
-                raise
-            self.log.say(f"stopped early: {type(problem).__name__}: {str(problem)[:600]}")
-            self.average.go_back()
+            with self.descent.guarded():
+                self._loop()
         finally:
             self.feed.close()
-        return self._figures(self.last_loss)
+        return self._figures(self.descent.last_loss)
 
     def _loop(self) -> None:
         losses: list[Tensor] = []
         since, seen = self.clock.elapsed, 0
         first = len(set(self.phase.sizes)) + 2  # steps that compile
-        while self.step_count == 0 or self.clock.left > 0:
+        while self.descent.steps == 0 or self.clock.left > 0:
             losses.append(self.step())
-            if self.step_count == first:
+            if self.descent.steps == first:
                 losses[-1].item()  # waits for the device
                 self.log.say(f"first steps after {self.clock.elapsed:.0f} s")
                 self.clock.run()
                 since, seen = self.clock.elapsed, self.pictures
-            elif self.step_count > first and self.clock.elapsed - since > 10:
+            elif self.descent.steps > first and self.clock.elapsed - since > 10:
                 loss = torch.stack(losses).mean().item()
                 now = self.clock.elapsed
-                self._report(loss, (self.pictures - seen) / (now - since))
+                self.descent.report(loss, pictures=self.pictures, per_s=(self.pictures - seen) / (now - since))
                 if now - self.validated > 60:
                     self.save(self._figures(loss))
                 since, seen, losses = self.clock.elapsed, self.pictures, []
 
     def _figures(self, loss: float) -> dict[str, float]:
-        return {"steps": self.step_count, "pictures": self.pictures, "loss": loss, **self.validate()}
-
-    def _report(self, loss: float, rate: float) -> None:
-        lr = self.optimizers[0].param_groups[0]["lr"]
-        self.log.row(step=self.step_count, pictures=self.pictures, per_s=rate, loss=loss, lr=lr)
-        if finite([loss]):
-            self.last_loss = loss
-            self.average.keep()
-            return
-        if not self.average.kept:
-            raise FloatingPointError(f"the loss is {loss} after {self.step_count} steps: lower the learning rate")
-        self.peak /= 2
-        self.log.say(f"the loss is {loss}: back to the last good weights with half the learning rate")
-        self.average.go_back()
-        self.optimizers = self._new_optimizers()
+        return {"steps": self.descent.steps, "pictures": self.pictures, "loss": loss, **self.validate()}
 
     def validate(self) -> dict[str, float]:
         """Held-out losses of the averaged weights at the phase's first size, logged."""
@@ -219,46 +200,22 @@ class Run:
         figures = self.validation.losses(self.net, self.average, frame)
         self.validated = self.clock.elapsed
         named = {f"held_out_{frame.width}x{frame.height}_{name}": value for name, value in figures.items()}
-        self.log.row(step=self.step_count, **named)
+        self.log.row(step=self.descent.steps, **named)
         return named
 
     def step(self) -> Tensor:
         """One optimizer step; returns the loss, still on the device."""
         s, fraction, sizes = self.settings, self.clock.fraction, self.phase.sizes
         first = list(dict.fromkeys(sizes))  # each once, so that what must be compiled is so before the clock counts
-        size = first[self.step_count] if self.step_count < len(first) else self.random.choice(sizes)
+        step = self.descent.steps
+        size = first[step] if step < len(first) else self.random.choice(sizes)
         latents, tokens = self.reservoir.take(size)
-        rate = learning_rate(self.peak, fraction, self.step_count, s.warmup // 4 if s.resume else s.warmup)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-        sigma = sample_sigma(len(latents), size.shift, s.uniform, self.device)
-        loss = self._gradients(latents, torch.randn_like(latents), sigma, self.dropout(tokens))
-        self.apply_gradients()
-        self.average.update()
-        self.step_count += 1
+        noise, sigma = torch.randn_like(latents), sample_sigma(len(latents), size.shift, s.uniform, self.device)
+        dropped = self.dropout(tokens)
+        loss = self.descent.attempt(lambda: self._backward(latents, noise, sigma, dropped))
+        self.descent.step(learning_rate(self.descent.peak, fraction, step, s.warmup // 4 if s.resume else s.warmup))
         self.pictures += len(latents)
         return loss
-
-    def apply_gradients(self) -> None:
-        """From gradients, which are used up, to the next weights."""
-        torch.nn.utils.clip_grad_norm_(self.average.live, 1.0, foreach=True)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    def _gradients(self, latents: Tensor, noise: Tensor, sigma: Tensor, tokens: tuple[Tensor, ...]) -> Tensor:
-        try:
-            return self._backward(latents, noise, sigma, tokens)
-        except Exception as problem:  # a compiler's errors have no common type; without it the run is only slower
-            if not self.compiled:
-                raise
-            self.log.say(f"going on without torch.compile: {type(problem).__name__}: {str(problem)[:300]}")
-        self.compiled = False
-        torch.compiler.set_stance("force_eager")
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        return self._backward(latents, noise, sigma, tokens)
 
     def _backward(self, latents: Tensor, noise: Tensor, sigma: Tensor, tokens: tuple[Tensor, ...]) -> Tensor:
         with self.leg.autocast():

@@ -105,6 +105,6 @@ def _parts(run: Run, size: Size, watch: Stopwatch) -> None:
     with watch.part("backward"):
         loss.backward()
     with watch.part("optimizer"):
-        run.apply_gradients()
+        run.descent.apply_gradients()
     with watch.part("average"):
         run.average.update()

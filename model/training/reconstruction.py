@@ -13,6 +13,7 @@ from model.checkpoint import load_components
 from model.config import VAEConfig
 from model.training.compiling import load_compiled, save_compiled
 from model.training.demo import DEMO_VAE
+from model.training.descent import Descent
 from model.training.feed import Captioned, Feed, first_seed
 from model.training.fidelity import decibels, measure, write_reconstructions
 from model.training.loop import (
@@ -20,7 +21,6 @@ from model.training.loop import (
     Leg,
     Log,
     device_name,
-    finite,
     learning_rate,
     load_shards,
     read_record,
@@ -144,72 +144,54 @@ class Run:
     def __init__(self, settings: VAETraining, vae: VAE, average: Average, leg: Leg) -> None:
         self.settings, self.vae, self.average, self.leg = settings, vae, average, leg
         self.clock, self.log, self.device = leg.clock, leg.log, leg.device
-        self.optimizer = torch.optim.AdamW(
-            vae.parameters(), lr=settings.peak, betas=(0.9, 0.98), weight_decay=0.0, fused=leg.on_gpu
-        )
+        self.descent = Descent(average, leg, settings.peak, self._new_optimizers)
+        self.descent.compiled = settings.compiled
         first = first_seed(settings.seed, settings.begin)
         self.feed = Feed(Captioned(settings.source), first, settings.processes)
         self.loss = torch.compile(vae_loss, dynamic=False) if settings.compiled else vae_loss
 
+    def _new_optimizers(self, peak: float) -> list[torch.optim.Optimizer]:
+        weights, fused = self.average.live, self.leg.on_gpu
+        return [torch.optim.AdamW(weights, lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)]
+
     def loop(self) -> int:
-        """Steps until the clock ends; returns their number."""
+        """Steps until the clock ends; returns their number. An error late in a run does not lose the run."""
         try:
-            return self._loop()
+            with self.descent.guarded():
+                self._loop()
         finally:
             self.feed.close()
+        return self.descent.steps
 
-    def _loop(self) -> int:
-        step, seen, errors = 0, 0, []
-        since = self.clock.elapsed
-        while step == 0 or self.clock.left > 0:
+    def _loop(self) -> None:
+        seen, since, errors = 0, self.clock.elapsed, []
+        while self.descent.steps == 0 or self.clock.left > 0:
             for pixels in self.pictures():
-                errors.append(self.step(pixels, step))
-                step += 1
-                if step == 3:
+                errors.append(self.step(pixels))
+                if self.descent.steps == 3:
                     errors[-1].item()  # waits for the device
                     self.log.say(f"first steps after {self.clock.elapsed:.0f} s")
                     self.clock.run()
-                    since, seen = self.clock.elapsed, step
-            if step >= 3 and self.clock.elapsed - since > 10:
-                since, seen = self._report(errors, step, since, seen)
-                errors = []
-        return step
+                    seen, since = self.descent.steps, self.clock.elapsed
+            if self.descent.steps >= 3 and self.clock.elapsed - since > 10:
+                error = torch.stack(errors).mean().item()  # waits for the device
+                rate = (self.descent.steps - seen) / (self.clock.elapsed - since)
+                self.descent.report(error, steps_per_s=rate, psnr=decibels(error))
+                seen, since, errors = self.descent.steps, self.clock.elapsed, []
 
-    def _report(self, errors: list[Tensor], step: int, since: float, seen: int) -> tuple[float, int]:
-        mse = torch.stack(errors).mean().item()  # waits for the device
-        if not finite([mse]):
-            raise FloatingPointError(f"the loss is {mse} after {step} steps: lower the learning rate")
-        now = self.clock.elapsed
-        rate = (step - seen) / max(1e-9, now - since)
-        self.log.row(step=step, steps_per_s=rate, psnr=decibels(mse), lr=self.optimizer.param_groups[0]["lr"])
-        return now, step
-
-    def step(self, pixels: Tensor, step: int) -> Tensor:
+    def step(self, pixels: Tensor) -> Tensor:
         """One optimizer step; returns the mean squared error, still on the device."""
         s, fraction = self.settings, self.clock.fraction
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(s.peak, fraction, step, 50 if s.resume else 200)
         noise = torch.randn(len(pixels), s.config.latent_channels, s.size // 8, s.size // 8, device=self.device)
         late = torch.tensor(min(1.0, 2 * fraction)).to(self.device, non_blocking=True)
-        with self.leg.autocast():
-            error = self._gradients(pixels, noise, late)
-        torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0, foreach=True)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.average.update()
+        error = self.descent.attempt(lambda: self._backward(pixels, noise, late))
+        self.descent.step(learning_rate(self.descent.peak, fraction, self.descent.steps, 50 if s.resume else 200))
         return error
 
-    def _gradients(self, pixels: Tensor, noise: Tensor, late: Tensor) -> Tensor:
-        try:
+    def _backward(self, pixels: Tensor, noise: Tensor, late: Tensor) -> Tensor:
+        with self.leg.autocast():
             loss, error = self.loss(self.vae, pixels, noise, self.settings.weights, late)
-            loss.backward()
-        except Exception as problem:  # a compiler's errors have no common type; without it the run is only slower
-            if self.loss is vae_loss:
-                raise
-            self.log.say(f"going on without torch.compile: {type(problem).__name__}: {str(problem)[:300]}")
-            self.loss = vae_loss
-            self.optimizer.zero_grad(set_to_none=True)
-            return self._gradients(pixels, noise, late)
+        loss.backward()
         return error
 
     def pictures(self) -> list[Tensor]:

@@ -20,7 +20,7 @@ from app.settings import GatewaySettings
 from tests.app.fake_worker import FakeWorker
 from worker.contract.keys import Keyring, new_key
 
-BASE_URL = "http://darkroom.test"
+BASE_URL = "http://darkroom.localhost"
 
 
 @pytest.fixture

@@ -1,0 +1,84 @@
+"""Steps of an optimizer with two ways back: to the last weights whose loss was a number, and out of torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from model.training.loop import Average, Leg, finite
+
+Result = TypeVar("Result")
+
+
+class Descent:
+    """Moves the weights that an average follows.
+
+    make : the optimizers for a peak of the learning rate
+    """
+
+    def __init__(
+        self, average: Average, leg: Leg, peak: float, make: Callable[[float], list[torch.optim.Optimizer]]
+    ) -> None:
+        self.average, self.leg, self.peak, self._make = average, leg, peak, make
+        self.optimizers = make(peak)
+        self.steps, self.last_loss = 0, float("nan")
+        self.compiled = True
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """A whole run in it is not lost to an error late in it: the weights are then the last good ones."""
+        try:
+            yield
+        except Exception as problem:
+            if not self.average.kept:
+                raise
+            self.leg.log.say(f"stopped early: {type(problem).__name__}: {str(problem)[:600]}")
+            self.average.go_back()
+
+    def attempt(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns; without torch.compile from the moment on at which that fails."""
+        try:
+            return work()
+        except Exception as problem:  # a compiler's errors have no common type; without it the run is only slower
+            if not self.compiled:
+                raise
+            self.leg.log.say(f"going on without torch.compile: {type(problem).__name__}: {str(problem)[:300]}")
+        self.compiled = False
+        torch.compiler.set_stance("force_eager")
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return work()
+
+    def step(self, rate: float) -> None:
+        """From gradients, which are used up, to the next weights and their average. rate: the learning rate."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        self.apply_gradients()
+        self.average.update()
+        self.steps += 1
+
+    def apply_gradients(self) -> None:
+        """The part of a step that the optimizers do."""
+        torch.nn.utils.clip_grad_norm_(self.average.live, 1.0, foreach=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def report(self, loss: float, **figures: float) -> None:
+        """Logs how it goes. Where the loss is no number: back to when it was, with half the learning rate."""
+        rate = self.optimizers[0].param_groups[0]["lr"]
+        self.leg.log.row(step=self.steps, **figures, loss=loss, lr=rate)
+        if finite([loss]):
+            self.last_loss = loss
+            self.average.keep()
+            return
+        if not self.average.kept:
+            raise FloatingPointError(f"the loss is {loss} after {self.steps} steps: lower the learning rate")
+        self.peak /= 2
+        self.leg.log.say(f"the loss is {loss}: back to the last good weights with half the learning rate")
+        self.average.go_back()
+        self.optimizers = self._make(self.peak)
