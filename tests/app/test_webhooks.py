@@ -26,7 +26,7 @@ from app.networks import Allowed
 from app.settings import GatewaySettings
 from app.webhook_target import Targets
 from app.webhooks import Answer, Courier, Sender, WebhookSettings
-from tests.app.conftest import client_of, until
+from tests.app.conftest import BASE_URL, client_of, until
 from tests.app.fake_worker import FakeWorker
 from tests.conftest import Valkey
 from tests.processes import wait_until
@@ -185,7 +185,7 @@ async def test_pictures_are_fetched_by_the_urls_told(
     await ask(served, receiver)
     await arrived(receiver, 1)
     url = receiver.said[0]["data"]["images"][0]["url"]
-    assert url.startswith("http://darkroom.test/v1/generations/")
+    assert url.startswith(f"{BASE_URL}/v1/generations/")
     assert "signature=" in url
     assert (await served.get(url)).status_code == 200
 
