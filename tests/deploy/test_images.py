@@ -1,15 +1,8 @@
-"""The container images, built from the Dockerfile and run together: `make test-deploy`.
-
-DARKROOM_ENGINE names the engine (docker or podman; the first one that answers otherwise). DARKROOM_BUILD_OPTIONS are
-further options of its build command, for machines that reach packages in a way of their own.
-"""
+"""The container images, built from the Dockerfile and run together: `make test-deploy`."""
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
-import shutil
 import socket
 import subprocess
 import time
@@ -22,87 +15,43 @@ import pytest
 import yaml
 
 from tests.conftest import Valkey
+from tests.deploy.conftest import Figures
+from tests.deploy.engine import ROOT, Engine
 from tests.tiny_bundle import save_tiny_bundle
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1800)]
 
-ROOT = Path(__file__).parents[2]
-NO_TORCH = "import importlib.util as u, sys; sys.exit(any(u.find_spec(n) for n in ('torch', 'transformers', 'numpy')))"
 UID = "10001"
-
-
-def run(*argv: object, timeout_s: float = 120) -> str:
-    done = subprocess.run([str(word) for word in argv], capture_output=True, text=True, timeout=timeout_s, check=False)
-    assert done.returncode == 0, f"{argv}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout.strip()
-
-
-@pytest.fixture(scope="session")
-def engine() -> str:
-    for name in filter(None, (os.environ.get("DARKROOM_ENGINE"), "docker", "podman")):
-        if shutil.which(name) and subprocess.run([name, "info"], capture_output=True, check=False).returncode == 0:
-            return name
-    pytest.fail("neither docker nor podman answers on this machine")
-
-
-@pytest.fixture(scope="session")
-def build(engine: str) -> Callable[[str], str]:
-    def build_image(target: str) -> str:
-        image = f"darkroom-{target}"
-        options = shlex.split(os.environ.get("DARKROOM_BUILD_OPTIONS", ""))
-        run(engine, "build", "--target", target, "-t", image, *options, ROOT, timeout_s=1500)
-        return image
-
-    return build_image
-
-
-@pytest.fixture(scope="session")
-def gateway_image(build: Callable[[str], str]) -> str:
-    return build("gateway")
-
-
-@pytest.fixture(scope="session")
-def worker_image(build: Callable[[str], str]) -> str:
-    return build("worker-cpu")
+GATEWAY_MB = 250
+ABSENT = """
+import importlib.util as u, sys
+names = 'torch transformers numpy pip setuptools ensurepip worker.engine model.mmdit'.split()
+sys.exit(', '.join(n for n in names if u.find_spec(n.partition('.')[0]) and u.find_spec(n)) or None)
+"""
 
 
 class Container:
     """One container in the host's network, with the folder of pictures."""
 
-    def __init__(self, engine: str, image: str, pictures: Path, redis_url: str, *options: str) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, image: str, pictures: Path, redis_url: str, *options: str) -> None:
+        self.engine = engine
         shared = ["-v", f"{pictures}:/var/lib/darkroom/pictures", "-e", f"DARKROOM_REDIS_URL={redis_url}"]
-        self.id = run(
-            engine,
-            "run",
-            "-d",
-            "--read-only",
-            "--tmpfs",
-            "/tmp",
-            "--network",
-            "host",
-            *shared,
-            *options,
-            image,
-        )
-
-    def inspect(self, path: str) -> str:
-        return run(self._engine, "inspect", "--format", "{{" + path + "}}", self.id)
+        mode = ["--read-only", "--tmpfs", "/tmp", "--network", "host"]
+        self.id = engine("run", "-d", *mode, *shared, *options, image)
 
     def logs(self) -> str:
-        done = subprocess.run([self._engine, "logs", self.id], capture_output=True, text=True, check=False)
-        return done.stdout + done.stderr
+        return self.engine.logs(self.id)
+
+    def is_running(self) -> bool:
+        return bool(self.engine.inspect(self.id)["State"]["Running"])
 
     def stop(self) -> int:
-        run(self._engine, "stop", "-t", "30", self.id)
-        return int(self.inspect(".State.ExitCode"))
-
-    def remove(self) -> None:
-        subprocess.run([self._engine, "rm", "-f", self.id], capture_output=True, check=False)
+        self.engine("stop", "-t", "30", self.id)
+        return int(self.engine.inspect(self.id)["State"]["ExitCode"])
 
 
 @pytest.fixture
-def start(engine: str, tmp_path: Path, own_valkey: Valkey) -> Iterator[Callable[..., Container]]:
+def start(engine: Engine, tmp_path: Path, own_valkey: Valkey) -> Iterator[Callable[..., Container]]:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     pictures.chmod(0o777)
@@ -113,19 +62,18 @@ def start(engine: str, tmp_path: Path, own_valkey: Valkey) -> Iterator[Callable[
         return started[-1]
 
     yield start_container
-    for container in started:
-        container.remove()
+    engine.remove(*(container.id for container in started))
 
 
 def tiny_model(folder: Path) -> list[str]:
-    run("chmod", "-R", "a+rX", save_tiny_bundle(folder))  # weights are written for their owner alone
+    subprocess.run(["chmod", "-R", "a+rX", save_tiny_bundle(folder)], check=True)  # written for their owner alone
     return ["-v", f"{folder}:/models/tiny:ro", "-e", "DARKROOM_MODELS=tiny=/models/tiny"]
 
 
-def make_key(engine: str, image: str, redis_url: str, command: list[str], *options: str) -> str:
+def make_key(engine: Engine, image: str, redis_url: str, command: list[str], *options: str) -> str:
     """What `darkroom keys add ...` prints: the key."""
     env = ["-e", f"DARKROOM_REDIS_URL={redis_url}"]
-    return run(engine, "run", "--rm", "--read-only", "--network", "host", *env, *options, image, *command)
+    return engine("run", "--rm", "--read-only", "--network", "host", *env, *options, image, *command)
 
 
 def free_port() -> int:
@@ -135,36 +83,62 @@ def free_port() -> int:
         return port
 
 
-def wait_for_model(url: str, gateway: Container, worker: Container, timeout_s: float = 180) -> str:
-    """The name of a model that a worker holds; asked without a key, as a probe does."""
+def wait_until(answers: Callable[[], bool], containers: list[Container], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline and worker.inspect(".State.Running") == "true":
-        try:
-            for model in httpx.get(f"{url}/readyz", timeout=5).json()["workers"]:
-                return str(model)
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    pytest.fail(f"no model was loaded:\n{worker.logs()}\n{gateway.logs()}")
+    while time.monotonic() < deadline and all(container.is_running() for container in containers):
+        if answers():
+            return
+        time.sleep(0.05)
+    pytest.fail("\n".join(container.logs() for container in containers))
 
 
-def test_gateway_image_has_no_torch_and_no_root(engine: str, gateway_image: str) -> None:
-    run(engine, "run", "--rm", "--network", "none", "--entrypoint", "python", gateway_image, "-c", NO_TORCH)
-    assert run(engine, "run", "--rm", "--network", "none", "--entrypoint", "id", gateway_image, "-u") == UID
-    assert run(engine, "run", "--rm", "--network", "none", gateway_image, "--version").startswith("darkroom ")
+def is_alive(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/healthz", timeout=2).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
-def test_gateway_image_is_checked_for_health(engine: str, gateway_image: str, start: Callable[..., Container]) -> None:
+def test_gateway_image_is_small_and_has_nothing_that_it_does_not_run(
+    engine: Engine, gateway_image: str, figures: Figures
+) -> None:
+    size_mb = engine.inspect(gateway_image)["Size"] / 1e6
+    figures.note("size of the gateway's image", f"{size_mb:.0f} MB")
+    assert size_mb < GATEWAY_MB
+    alone = ["run", "--rm", "--network", "none"]
+    engine(*alone, "--entrypoint", "python", gateway_image, "-c", ABSENT)
+    assert engine(*alone, gateway_image, "--version").startswith("darkroom ")
+
+
+@pytest.mark.parametrize("image", ["gateway_image", "worker_image"])
+def test_image_is_labelled_checked_for_health_and_not_of_root(
+    image: str, engine: Engine, request: pytest.FixtureRequest
+) -> None:
+    name = request.getfixturevalue(image)
+    facts = engine.inspect(name)
+    config = facts["Config"]
+    assert config["User"] == f"{UID}:{UID}"
+    assert (facts.get("Healthcheck") or config["Healthcheck"])["Test"][0] == "CMD"  # podman says, docker says
+    assert config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
+    alone = ["run", "--rm", "--network", "none"]
+    assert engine(*alone, "--entrypoint", "id", name, "-u") == UID
+    tools = "for tool in pip pip3 gcc cc make git curl; do ! command -v $tool || exit 1; done"
+    engine(*alone, "--entrypoint", "sh", name, "-c", tools)
+
+
+def test_gateway_starts_in_seconds_and_its_own_check_finds_it_healthy(
+    engine: Engine, gateway_image: str, start: Callable[..., Container], figures: Figures
+) -> None:
     port = free_port()
+    started = time.monotonic()
     gateway = start(gateway_image, "-e", f"DARKROOM_PORT={port}")
-    wait_until_alive(f"http://127.0.0.1:{port}", gateway)
-    check = json.loads(gateway.inspect("json .Config.Healthcheck.Test"))
-    assert check[0] == "CMD"
-    run(engine, "exec", gateway.id, *check[1:])
+    wait_until(lambda: is_alive(f"http://127.0.0.1:{port}"), [gateway], timeout_s=60)
+    figures.note("from `run` until the gateway's /healthz answers 200", f"{time.monotonic() - started:.1f} s")
+    assert engine.is_healthy(gateway.id)
     assert gateway.stop() == 0
 
 
-def test_first_key_is_made_printed_and_kept_once(engine: str, gateway_image: str, own_valkey: Valkey) -> None:
+def test_first_key_is_made_printed_and_kept_once(engine: Engine, gateway_image: str, own_valkey: Valkey) -> None:
     command = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["first-key"]["command"]
     volume = f"darkroom-test-{uuid.uuid4().hex}"
     secrets = ["-v", f"{volume}:/var/lib/darkroom/secrets"]
@@ -173,30 +147,30 @@ def test_first_key_is_made_printed_and_kept_once(engine: str, gateway_image: str
         key = make_key(engine, gateway_image, own_valkey.url, command, *secrets)
         assert key.startswith("dr_")
         assert make_key(engine, gateway_image, own_valkey.url, command, *secrets) == ""
-        assert run(engine, "run", "--rm", *secrets, *cat) == key
+        assert engine("run", "--rm", *secrets, *cat) == key
     finally:
-        subprocess.run([engine, "volume", "rm", "-f", volume], capture_output=True, check=False)
+        subprocess.run([engine.name, "volume", "rm", "-f", volume], capture_output=True, check=False)
 
 
 def test_images_make_a_picture_together(
-    engine: str,
+    engine: Engine,
     own_valkey: Valkey,
     gateway_image: str,
     worker_image: str,
     start: Callable[..., Container],
     tmp_path: Path,
 ) -> None:
-    port = free_port()
-    demo = (ROOT / "model" / "bundles" / "demo" / "model_index.json").exists()
-    models = [] if demo else tiny_model(tmp_path / "tiny")
+    port, metrics_port = free_port(), free_port()
     gateway = start(gateway_image, "-e", f"DARKROOM_PORT={port}")
-    worker = start(worker_image, "-e", f"DARKROOM_METRICS_PORT={free_port()}", *models)
+    worker = start(worker_image, "-e", f"DARKROOM_METRICS_PORT={metrics_port}", *tiny_model(tmp_path / "tiny"))
     url = f"http://127.0.0.1:{port}"
-    name = wait_for_model(url, gateway, worker)
+    wait_until(lambda: is_alive(f"http://127.0.0.1:{metrics_port}"), [worker], timeout_s=60)
+    wait_until(lambda: is_alive(url) and bool(httpx.get(f"{url}/readyz").json()["workers"]), [gateway, worker], 180)
+    assert engine.is_healthy(worker.id)
     assert httpx.get(f"{url}/v1/models").status_code == 401
     text = make_key(engine, gateway_image, own_valkey.url, ["keys", "add", "ci"])
     key = {"authorization": f"Bearer {text}"}
-    body = {"model": name, "prompt": "a red circle on a blue background", "seed": 7}
+    body = {"model": "tiny", "prompt": "a red circle on a blue background", "seed": 7}
     done = httpx.post(f"{url}/v1/generations", json=body, headers=key | {"prefer": "wait=60"}, timeout=70).json()
     assert done["status"] == "succeeded", f"{done}\n{worker.logs()}"
     picture = httpx.get(done["images"][0]["url"])
@@ -206,14 +180,3 @@ def test_images_make_a_picture_together(
         Path(keep).write_bytes(picture.content)
     assert worker.stop() == 0
     assert gateway.stop() == 0
-
-
-def wait_until_alive(url: str, gateway: Container, timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        try:
-            if httpx.get(f"{url}/healthz", timeout=2).status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.2)
-    pytest.fail(f"the gateway does not answer:\n{gateway.logs()}")
