@@ -1,11 +1,11 @@
-"""`darkroom up | gateway | worker | webhooks | generate | queue | keys | doctor`: starts processes; no torch here."""
+"""The `darkroom` command: starts processes, speaks HTTP, asks Redis; no torch here."""
 
 from __future__ import annotations
 
 import os
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,10 +96,14 @@ def worker(
     gpus: Annotated[
         str | None, typer.Option(help="A process for each GPU: all, or indices such as 0,2.  [env: DARKROOM_GPUS]")
     ] = None,
+    announce: Annotated[
+        bool, typer.Option("--announce", help="Only make the models known to the gateways, by their files; then end.")
+    ] = False,
 ) -> None:
     """Run the GPU worker alone. Needs a Redis (DARKROOM_REDIS_URL); serves the models of DARKROOM_MODELS."""
     _require("worker", "torch", "transformers", "safetensors")
-    os.execv(sys.executable, [*COMMANDS["worker"], *([] if gpus is None else ["--gpus", gpus])])
+    options = [*([] if gpus is None else ["--gpus", gpus]), *(["--announce"] if announce else [])]
+    os.execv(sys.executable, [*COMMANDS["worker"], *options])
 
 
 @cli.command()
@@ -164,19 +168,92 @@ def generate(
 
 
 @cli.command()
+def fetch(
+    model: Annotated[
+        str, typer.Argument(help="sd3.5-large, sd3.5-large-turbo, sd3.5-medium, or owner/name of a diffusers folder.")
+    ],
+    to: Annotated[Path, typer.Option(help="The model's folder, made if need be.")],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit; left out: what the folder holds already, or main.")
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(envvar="DARKROOM_HF_TOKEN_FILE", help="File with a token; else HF_TOKEN or huggingface's login."),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only read all files and compare their sums.")] = False,
+) -> None:
+    """Bring a model's weights from the Hugging Face Hub (HF_ENDPOINT), each file checked; goes on where it was cut.
+
+    Exit code 3: a token or the licence is missing; 4: no such repository or revision; 5: the hub cannot be reached;
+    6: the disk is full or cannot be written to; 7: a file is not what the hub lists; 1: anything else.
+    """
+    if find_spec("huggingface_hub") is None:
+        fail("fetch needs huggingface_hub: pip install huggingface_hub; 'darkroom[worker]' brings it too")
+    from app.fetch import Request, Terminal, connect, models_line, told
+    from app.fetch import fetch as bring
+    from app.hub import FetchFailed
+
+    request = Request(model, to, revision, check)
+    try:
+        with interruptible(), Terminal() as terminal, connect(os.environ, token_file, terminal.say) as hub:
+            record = bring(request, hub, terminal)
+    except FetchFailed as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on from there", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    typer.echo(told(request, record), err=True)
+    say(models_line(request))
+
+
+@cli.command()
 def doctor(
-    role: Annotated[str, typer.Option(help="What this machine is for: all, gateway or worker.")] = "all",
+    role: Annotated[
+        str | None, typer.Option(help="What this machine is for: all, gateway or worker.  [default: all]")
+    ] = None,
+    deployment: Annotated[
+        str | None, typer.Option(metavar="URL", help="Look at the Darkroom that runs there instead, end to end.")
+    ] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="With --deployment: only this model, also if no worker holds it yet; repeatable."),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, max=3600, help="With --deployment: seconds that a picture may take.  [default: 120]"),
+    ] = None,
     key: Key = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Say what is missing on this machine, and how to mend it. Exit code 1 if Darkroom cannot run."""
-    from app.doctor import ROLES, examine, is_well, render
+    """Say what is missing on this machine, or wrong with a deployment, and how to mend it; exit code 1 if anything is.
 
-    if role not in ROLES:
+    A deployment is asked for a tiny picture of each model, which is deleted again.
+    """
+    from app.doctor import ROLES, DoctorSettings, examine
+    from app.finding import tell
+
+    if role is not None and role not in ROLES:
         fail(f"--role is {role!r}; allowed: {', '.join(ROLES)}")
-    findings = examine(read_settings(StackSettings), role, key=_checked(key))
-    render(findings, as_json=as_json)
-    raise typer.Exit(0 if is_well(findings) else 1)
+    if deployment is None:
+        if models or patience:
+            fail("--model and --patience are for --deployment")
+        well = tell(examine(read_settings(DoctorSettings), role or "all", key=_checked(key)), as_json=as_json)
+        raise typer.Exit(0 if well else 1)
+    if role is not None:
+        fail("--role is for this machine, --deployment for another one; say one")
+    from app.deployment import PATIENCE_S, Visit, checked_url, examine_deployment
+
+    try:
+        visit = Visit(checked_url(deployment), _checked(key), tuple(models or ()), patience or PATIENCE_S)
+    except ValueError as error:
+        fail(f"--deployment: {error}")
+    try:
+        with interruptible(), closing(examine_deployment(visit)) as findings:
+            well = tell(findings, as_json=as_json)
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    raise typer.Exit(0 if well else 1)
 
 
 def _start_for_one_job(cleanup: ExitStack) -> str:

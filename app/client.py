@@ -80,8 +80,8 @@ class Client:
         return self._answer("id", "POST", f"/v1/generations/{job_id}/cancel")
 
     def picture(self, job_id: str, n: int) -> bytes:
-        """The bytes of its picture `n`."""
-        return self._call("GET", f"/v1/generations/{job_id}/images/{n}").content
+        """The bytes of its picture `n`, wherever the store is that the server names."""
+        return self._call("GET", f"/v1/generations/{job_id}/images/{n}", follow_redirects=True).content
 
     def _answer(self, has: str, method: str, path: str, **options: Any) -> dict[str, Any]:
         """The JSON object of an answer, which has this key."""

@@ -8,25 +8,23 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import redis
-import typer
+from pydantic import Field
 
 from app.client import Client, Refused, Unreachable
 from app.embedded import MIN_VERSION, connect, find_server, parse_version
+from app.finding import Finding, State
 from app.operator import find_redis
 from app.settings import is_loopback
 from app.stack import StackSettings, client_host, listen_error
-from worker.contract.errors import QueueUnavailable, StoreUnavailable
+from worker.contract.errors import CannotStart, QueueUnavailable, StoreUnavailable
 from worker.contract.keys import Keyring
-from worker.contract.store import FolderStore
-
-State = Literal["ok", "warning", "wrong"]
+from worker.contract.store import FolderStore, open_store
 
 ROLES = ("all", "gateway", "worker")
 MIN_PYTHON = (3, 11)
@@ -35,7 +33,6 @@ PACKAGES = {
     "worker": ("torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "numpy", "pillow"),
 }
 MODULES = {"pillow": "PIL"}
-MARKS = {"ok": ("ok", "green"), "warning": ("note", "yellow"), "wrong": ("wrong", "red")}
 ENOUGH_DISK = 5 * 2**30  # bytes; some 3,000 pictures of 1024x1024
 LEAST_DISK = 2**28  # bytes
 _COMMAND_TIMEOUT_S = 60.0
@@ -43,16 +40,6 @@ _CUDA_SEEN = "import torch; print(torch.cuda.is_available())"
 
 Run = Callable[[list[str]], str | None]
 """Runs a command; its output, or None if there is no such command or it failed."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at."""
-
-    what: str
-    state: State
-    found: str
-    mend: str = ""
 
 
 def run_command(argv: list[str]) -> str | None:
@@ -64,46 +51,32 @@ def run_command(argv: list[str]) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def examine(
-    settings: StackSettings,
-    role: str,
-    env: Mapping[str, str] = os.environ,
-    run: Run = run_command,
-    *,
-    key: str | None = None,
-) -> list[Finding]:
+class DoctorSettings(StackSettings):
+    """What `darkroom up` reads, and of the worker's what there is to look at without torch."""
+
+    models: str = Field(default_factory=lambda: ",".join(_bundled()))
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+
+
+def examine(settings: DoctorSettings, role: str, run: Run = run_command, *, key: str | None = None) -> list[Finding]:
     """Everything that a machine of this role needs: all, gateway or worker. key: an API key to try."""
     findings = [check_python(sys.version_info[:2])]
     for part, packages in PACKAGES.items():
         if role in ("all", part):
             findings.append(check_packages(part, packages))
     if role != "gateway":
-        findings.append(check_gpu(env.get("DARKROOM_DEVICE", "auto"), run))
-        findings += check_models(env.get("DARKROOM_MODELS", ",".join(_bundled())))
+        findings.append(check_gpu(settings.device, run))
+        findings += check_models(settings.models)
     findings += check_embedded(settings, run) if settings.embedded and role == "all" else check_redis(settings)
-    findings += check_folder("pictures", settings.pictures if role == "all" else settings.store_dir)
+    if settings.s3_bucket:
+        findings.append(check_bucket(settings))
+    else:
+        findings += check_folder("pictures", settings.pictures if role == "all" else settings.store_dir)
     if role != "worker":
         findings += [check_port(settings), check_keys(settings)]
         if key:
             findings.append(check_key(settings, key))
     return findings
-
-
-def is_well(findings: list[Finding]) -> bool:
-    """Whether Darkroom can run; warnings do not keep it from that."""
-    return all(finding.state != "wrong" for finding in findings)
-
-
-def render(findings: list[Finding], *, as_json: bool) -> None:
-    """Writes the findings, for people or for programs."""
-    if as_json:
-        typer.echo(json.dumps({"well": is_well(findings), "findings": [asdict(f) for f in findings]}, indent=2))
-        return
-    for finding in findings:
-        mark, colour = MARKS[finding.state]
-        typer.echo(f"{typer.style(f'{mark:6}', fg=colour)} {finding.what}: {finding.found}")
-        if finding.mend:
-            typer.echo(f"       {finding.mend}")
 
 
 def check_python(found: tuple[int, ...]) -> Finding:
@@ -217,6 +190,19 @@ def check_folder(what: str, folder: Path) -> Iterator[Finding]:
     state: State = "ok" if free >= ENOUGH_DISK else "warning" if free >= LEAST_DISK else "wrong"
     mend = "" if state == "ok" else "free some space, or shorten DARKROOM_PICTURE_LIFETIME_S"
     yield Finding(what, state, f"{folder}, {free / 2**30:.1f} GiB free", mend)
+
+
+def check_bucket(settings: StackSettings) -> Finding:
+    """Whether the bucket answers: it exists, and the key is good for it."""
+    what, where = "bucket for pictures", f"{settings.s3_bucket} at {settings.s3_endpoint or 'AWS'}"
+    try:
+        open_store(settings).check()
+    except CannotStart as error:
+        return Finding(what, "wrong", f"{where}: {error}", "")
+    except StoreUnavailable as error:
+        mend = "see that the bucket exists, and set DARKROOM_S3_ENDPOINT and the key right"
+        return Finding(what, "wrong", f"{where}: {error}; {error.__cause__}", mend)
+    return Finding(what, "ok", f"{where} answers", "")
 
 
 def check_port(settings: StackSettings) -> Finding:

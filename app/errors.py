@@ -16,6 +16,7 @@ DarkroomError (worker/contract/errors.py)
 ├── WaitTooLong             a job that would start too late for who waits for it
 ├── NotFinished             pictures asked for before their job ended
 ├── NoPicture               a picture that does not exist
+├── PictureLost             a picture that should still be in the store
 ├── ClientGone              nobody waits for the answer any more
 ├── NotServed               a vendor's call that Darkroom does not answer
 ├── GenerationFailed        a held answer's job failed
@@ -198,6 +199,18 @@ class NoPicture(DarkroomError):
     """A picture that does not exist."""
 
     code = "no_picture"
+
+
+class PictureLost(DarkroomError):
+    """A picture that somebody else deleted before its time."""
+
+    code = "picture_lost"
+
+    def __init__(self, job_id: str, n: int, kept_until: str) -> None:
+        super().__init__(
+            f"picture {n} of generation '{job_id}' was to be kept until {kept_until}, but is no longer in the store: "
+            "somebody deleted it there, or a lifecycle rule did"
+        )
 
 
 class NotServed(DarkroomError):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 
 from app.auth import Caller, Scope
-from app.errors import ClientGone, Forbidden, NoPicture, NotFinished, WaitTooLong, utc
+from app.errors import ClientGone, Forbidden, NoPicture, NotFinished, PictureLost, WaitTooLong, utc
 from app.limits import resolve
 from app.links import Links
 from app.schemas import GenerationCreate
@@ -154,12 +154,18 @@ class Jobs:
             await asyncio.sleep(WATCH_EVERY_S)
 
     async def picture(self, view: JobView, n: int) -> tuple[bytes, Picture]:
-        """The bytes of picture `n`. NotFinished, NoPicture, PicturesExpired, StoreUnavailable."""
+        """The bytes of picture `n`. NotFinished, NoPicture, PicturesExpired, PictureLost, StoreUnavailable."""
         picture = finished_picture(view, n)
         data = await self._in_store(self._gateway.store.get, picture.key)
         if data is None:
-            raise NoPicture(f"picture {n} of generation '{view.job.id}' is no longer in the store")
+            expires_at = view.result.expires_at if view.result else None
+            raise PictureLost(view.job.id, n, "forever" if expires_at is None else utc(expires_at))
         return data, picture
+
+    async def picture_link(self, view: JobView, n: int, expires_s: float) -> str | None:
+        """Where the store itself gives picture `n` for so long; None: get it by `picture`. StoreUnavailable."""
+        link: str | None = await self._in_store(self._gateway.store.link, finished_picture(view, n).key, expires_s)
+        return link
 
     def image_url(self, view: JobView, n: int) -> str:
         """Where picture `n` is fetched; signed where API keys are on, so that no key is needed there."""
@@ -180,10 +186,10 @@ class Jobs:
         parent: str = own or self._request.headers.get("traceparent", "")
         return parent if TRACEPARENT.fullmatch(parent) else ""
 
-    async def _in_store(self, work: Any, key: str) -> Any:
+    async def _in_store(self, work: Any, *args: Any) -> Any:
         try:
             async with asyncio.timeout(STORE_TIMEOUT_S):
-                return await asyncio.to_thread(work, key)
+                return await asyncio.to_thread(work, *args)
         except TimeoutError as error:
             raise StoreUnavailable(f"no answer within {STORE_TIMEOUT_S:g} s") from error
 

@@ -35,7 +35,7 @@ from app.webhook_target import Targets
 from worker.contract import telemetry
 from worker.contract.errors import DarkroomError
 from worker.contract.queue import JobQueue
-from worker.contract.store import FolderStore, PictureStore
+from worker.contract.store import PictureStore, open_store
 from worker.contract.telemetry import Traces
 
 DIALECTS = (stability, replicate, openai, deepinfra, huggingface)
@@ -48,6 +48,7 @@ EXPIRE_EVERY_S = 10
 EXPIRED_AT_MOST = 100
 
 REAP_EVERY_S = 2
+CHECK_STORE_EVERY_S = 10
 CLOSE_TIMEOUT_S = 10
 
 EXPOSED_HEADERS = (
@@ -73,9 +74,9 @@ def create_app(
     gateway = Gateway(
         settings=settings,
         queue=queue,
-        store=store or FolderStore(settings.store_dir),
+        store=store or open_store(settings),
         catalog=Catalog(queue.cards),
-        metrics=Metrics(),
+        metrics=Metrics(queue_bound=settings.queue_bound),
         log=log,
         targets=targets or Targets(settings.webhook_targets),
         door=Doorkeeper.connect(settings),
@@ -197,6 +198,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         asyncio.create_task(_every(gateway.settings.sweep_every_s, _sweep_pictures, gateway)),
         asyncio.create_task(_every(EXPIRE_EVERY_S, _expire_pictures, gateway)),
         asyncio.create_task(_every(REAP_EVERY_S, _reap, gateway)),
+        asyncio.create_task(_every(CHECK_STORE_EVERY_S, _check_store, gateway)),
     ]
     try:
         yield
@@ -244,6 +246,11 @@ async def _sweep_pictures(gateway: Gateway) -> None:
 async def _reap(gateway: Gateway) -> None:
     """Fails jobs past their deadline that nobody looks at, and gives the jobs of dead workers to others."""
     await gateway.queue.reap()
+
+
+async def _check_store(gateway: Gateway) -> None:
+    """Notes for Prometheus whether the store answers: a scrape does not wait for it."""
+    await gateway.metrics.check_store(gateway.store)
 
 
 def _version() -> str:

@@ -52,6 +52,7 @@ STATUS: dict[type[DarkroomError], int] = {
     errors.GenerationCanceled: 409,
     contract.PicturesExpired: 410,
     errors.LinkExpired: 410,
+    errors.PictureLost: 410,
     errors.BodyTooLarge: 413,
     errors.UnsupportedMediaType: 415,
     contract.IdempotencyKeyReused: 422,

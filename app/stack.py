@@ -17,6 +17,7 @@ from app.client import Client, Refused, Unreachable
 from app.embedded import EmbeddedFailed, EmbeddedValkey, free_port
 from app.settings import GatewaySettings
 from worker.contract.child import Child
+from worker.contract.settings import overridden
 
 _GATEWAY_GRACE_S = 10.0
 _SENDER_GRACE_S = 5.0
@@ -160,16 +161,17 @@ class Stack:
             where = f"{settings.host} port {self._port}"
             raise StackFailed(f"cannot listen on {where} ({reason}): choose another with --port or DARKROOM_PORT")
         settings.data_dir.mkdir(parents=True, exist_ok=True)
-        self._env |= {
-            "DARKROOM_HOST": settings.host,
-            "DARKROOM_PORT": str(self._port),
-            "DARKROOM_GRACE_S": str(settings.grace_s),
-            "DARKROOM_STORE_DIR": str(self._pictures.resolve()),
-        }
+        self._env = overridden(
+            self._env,
+            host=settings.host,
+            port=self._port,
+            grace_s=settings.grace_s,
+            store_dir=self._pictures.resolve(),
+            redis_url=self._start_valkey() if self._own_valkey else settings.redis_url,
+        )
         if self._alone:
-            self._env["DARKROOM_AUTH"] = "off"  # on loopback, and only for as long as we run
-            self._env["DARKROOM_METRICS_PORT"] = "0"  # another worker here may have the configured one
-        self._env["DARKROOM_REDIS_URL"] = self._start_valkey() if self._own_valkey else str(settings.redis_url)
+            # keys: on loopback, and only for as long as we run; metrics: another worker here may have that port
+            self._env = overridden(self._env, auth="off", metrics_port=0, s3_bucket=None)
         self._worker = self._spawn("worker")
         self._gateway = self._spawn("gateway")
         if not self._alone:

@@ -145,6 +145,11 @@ class SenderMetrics:
             "darkroom_webhook_seconds", "Seconds of an attempt", ["event"], buckets=BUCKETS_S, registry=registry
         )
         self.waiting = Gauge("darkroom_webhook_waiting", "Messages not delivered yet", registry=registry)
+        self.overdue = Gauge(
+            "darkroom_webhook_overdue_seconds",
+            "Since when the message is due that no sender took though it is due the longest",
+            registry=registry,
+        )
 
 
 class Sender:
@@ -199,6 +204,7 @@ class Sender:
         if time.monotonic() - self._counted_at > COUNT_EVERY_S:
             self._counted_at = time.monotonic()
             self.metrics.waiting.set(await self._outbox.waiting())
+            self.metrics.overdue.set(await self._outbox.overdue_s())
 
     async def _send(self, entry: Entry) -> None:
         """One attempt to deliver a message, whatever comes of it."""

@@ -39,7 +39,7 @@ from model.text import TextEncoders
 from model.vae import VAE
 from model.weights import CheckpointError, Weights
 
-__all__ = ["CheckpointError", "Components", "export_diffusers", "load_components"]
+__all__ = ["CheckpointError", "Components", "Outline", "export_diffusers", "load_components", "outline"]
 
 OTHER = "other"
 """The variant of an MMDiT that is none of the published ones."""
@@ -47,6 +47,16 @@ OTHER = "other"
 PROJECTION = "text_projection.weight"
 
 N = TypeVar("N", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What the headers and config files of a checkpoint say of it."""
+
+    mmdit_config: MMDiTConfig
+    variant: str  # large | large-turbo | medium | other
+    revision: str  # changes when the files do
+    parameters: int  # of the MMDiT
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +71,11 @@ class Components:
     variant: str  # large | large-turbo | medium | other
     revision: str  # changes when the files do
     shift: Shift  # of the timesteps
+
+    @property
+    def outline(self) -> Outline:
+        """What `outline` says of the same files."""
+        return Outline(self.mmdit_config, self.variant, self.revision, parameters(self.mmdit))
 
 
 def load_components(
@@ -105,6 +120,24 @@ def load_components(
         revision=sources.revision,
         shift=sources.shift,
     )
+
+
+def outline(path: Path, *, load_t5: bool = True, variant: str | None = None) -> Outline:
+    """A checkpoint as its files describe it: no weights are read, and the names and shapes of its MMDiT are checked.
+
+    Arguments and errors are those of `load_components`, for the same revision.
+    """
+    sources = find(Path(path), load_t5)
+    name = variant_of(sources.mmdit_config, variant)
+    _check_widths(sources)
+    layout = original if sources.original else tuple
+    mmdit = _plan(lambda: MMDiT(sources.mmdit_config), sources.mmdit, layout(mmdit_rules(sources.mmdit_config)))
+    return Outline(sources.mmdit_config, name, sources.revision, parameters(mmdit.net))
+
+
+def parameters(net: nn.Module) -> int:
+    """How many numbers a network has learnt."""
+    return sum(parameter.numel() for parameter in net.parameters())
 
 
 def _text(sources: Sources, tokenizers: Path, to: tuple[torch.device, torch.dtype]) -> TextEncoders:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 import structlog
@@ -27,14 +28,19 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 RETRY_S = (0.2, 0.5, 1.0, 2.0, 4.0)
-STUCK_S = 60.0
-"""A picture that takes longer than this to be stored is stuck: the leases are not renewed over it."""
+"""Pauses between tries; the last again and again."""
 
 BLURRED = "picture {} was blurred: this server's safety filter takes it for unsafe"
 
 
 class Delivery:
-    """Stores and commits in a small pool of threads, and calls `done` with each task that is off our hands."""
+    """Stores and commits in a small pool of threads, and calls `done` with each task that is off our hands.
+
+    Redis and the store may be away. A finished job is held meanwhile, its lease renewed, and its last step tried until
+    it succeeds: `waited_s` tells how long a picture has been at it, so that the worker claims no more, and after a
+    while hands back what is `unstored` and lets go of it by `drop`. Its picture goes on knocking: when it gets in, the
+    store is back; the commit is refused then, and the picture deleted again.
+    """
 
     def __init__(
         self,
@@ -52,26 +58,44 @@ class Delivery:
         self._picture_lifetime_s, self._fingerprints = picture_lifetime_s, fingerprints
         self._safety, self._tracing = safety, tracing
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pictures")
-        self._storing: dict[str, float] = {}  # since when, by claim
+        self._notices = ThreadPoolExecutor(max_workers=1, thread_name_prefix="notices")  # nothing to store: no waiting
+        self._unstored: dict[str, Claim] = {}  # by its key
+        self._storing: dict[str, float] = {}  # since when a picture of a claim is on its way, by the claim's key
         self._closing = threading.Event()
 
     def send(self, claim: Claim, task: Task) -> None:
         """Take over a task that is over; from any thread."""
-        self._pool.submit(self._deliver, claim, task)
+        if task.outcome == "succeeded":
+            self._unstored[claim.key] = claim
+            self._pool.submit(self._deliver, claim, task)
+        else:
+            self._notices.submit(self._deliver, claim, task)
 
-    def is_stuck(self, now: float) -> bool:
-        """Whether a picture has been on its way to the store for too long. `now`: monotonic seconds."""
-        return any(now - since > STUCK_S for since in list(self._storing.values()))
+    def waited_s(self, now: float) -> float:
+        """How long the picture that is at it longest has been on its way to the store. `now`: monotonic seconds."""
+        return max((now - since for since in list(self._storing.values())), default=0.0)
+
+    def unstored(self) -> list[Claim]:
+        """The claims whose pictures are not all stored yet."""
+        return list(self._unstored.values())
+
+    def drop(self, claims: Iterable[Claim]) -> None:
+        """Lets go of claims that were handed back; what is not begun of them is not."""
+        for claim in claims:
+            self._unstored.pop(claim.key, None)
 
     def close(self) -> None:
-        """Returns when all that was sent is delivered, or was tried once more: Redis may be away for long."""
+        """Returns when all that was sent is delivered, or was tried once more: Redis or the store may be away long."""
         self._closing.set()
         self._pool.shutdown()
+        self._notices.shutdown()
 
     def _deliver(self, claim: Claim, task: Task) -> None:
         outcome, since = "lost", time.time_ns()
         try:
             outcome = self._commit(claim, task)
+        except StoreUnavailable:
+            log.warning("the picture store is away; a finished job is left to others", job=task.job.id)
         except Exception:
             log.exception("could not commit", job=task.job.id)
         finally:
@@ -83,7 +107,9 @@ class Delivery:
                 self._tracing.ended(claim, task, outcome, since)
 
     def _commit(self, claim: Claim, task: Task) -> str:
-        """Try until Redis answers; what the commit did not accept is deleted again."""
+        """Try until store and Redis answer; what the commit did not accept is deleted again."""
+        if task.outcome == "succeeded" and claim.key not in self._unstored:
+            return "lost"
         outcome, result = self._result(claim, task)
         while True:
             for pause in RETRY_S:
@@ -106,9 +132,10 @@ class Delivery:
                 fingerprint=self._fingerprints.get(task.job.model),
                 gpu_seconds=round(task.gpu_s, 4),
             )
-        self._storing[claim.key] = time.monotonic()
         try:
             pictures = tuple(self._put_picture(claim, task, n) for n in range(task.job.num_images))
+        except StoreUnavailable:
+            raise
         except Exception as error:
             self._forget(claim)
             return "failed", Result(
@@ -117,7 +144,8 @@ class Delivery:
                 gpu_seconds=round(task.gpu_s, 4),
             )
         finally:
-            del self._storing[claim.key]
+            self._storing.pop(claim.key, None)
+            self._unstored.pop(claim.key, None)
         warnings = tuple(dict.fromkeys(w for rendering in task.renderings for w in rendering.warnings))
         warnings += tuple(BLURRED.format(n) for n, picture in enumerate(pictures) if picture.filtered)
         return "succeeded", Result(
@@ -132,12 +160,13 @@ class Delivery:
     def _put_picture(self, claim: Claim, task: Task, n: int) -> Picture:
         """Check, encode and store picture `n` under this execution's own key, so that running twice harms nobody."""
         job = task.job
+        self._storing[claim.key] = time.monotonic()
         pixels, filtered = self._checked(job, task.renderings[n].pixels)
         started = time.perf_counter()
         data = encode(pixels, job, n, filtered=filtered)
         encoded = time.perf_counter()
         key = picture_key(job.id, claim.execution, n, job.output.format)
-        self._put(key, data)
+        self._put(job, key, data)
         self._metrics.stage(job, "encode_image", encoded - started)
         self._metrics.stage(job, "upload", time.perf_counter() - encoded)
         return replace(_picture(job, n, key, len(data)), filtered=filtered)
@@ -152,14 +181,16 @@ class Delivery:
         self._metrics.checked(job, "blurred" if filtered else "passed")
         return pixels, filtered
 
-    def _put(self, key: str, data: bytes) -> None:
-        for pause in RETRY_S:
+    def _put(self, job: Job, key: str, data: bytes) -> None:
+        """Try until the store takes it. StoreUnavailable: it did not when we were closed."""
+        for pause in chain(RETRY_S, repeat(RETRY_S[-1])):
             try:
                 return self._store.put(key, data)
             except StoreUnavailable as error:
-                log.warning("the picture store is away; will try again", cause=str(error.__cause__))
-                time.sleep(pause)
-        self._store.put(key, data)
+                self._metrics.store_retried()
+                log.warning("the picture store is away; holding a finished job", job=job.id, cause=str(error.__cause__))
+                if self._closing.wait(pause):
+                    raise
 
     def _forget(self, claim: Claim) -> None:
         try:

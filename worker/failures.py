@@ -6,7 +6,6 @@ import structlog
 import torch
 
 from model.work import NonFiniteLatents
-from worker.contract.errors import StoreUnavailable
 from worker.contract.job import Failure, Job
 
 log = structlog.get_logger()
@@ -30,8 +29,6 @@ def explain(job: Job, error: Exception, largest: tuple[int, int] = (0, 0)) -> Fa
     """
     if isinstance(error, NonFiniteLatents):
         return Failure(code="non_finite", message=str(error))
-    if isinstance(error, StoreUnavailable):
-        return Failure(code=error.code, message=str(error))
     if isinstance(error, torch.OutOfMemoryError):
         return Failure(code="out_of_memory", message=_too_large(job, *largest))
     log.error("job failed", job=job.id, exc_info=error)

@@ -8,12 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import structlog
-from prometheus_client import start_http_server
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -21,18 +22,19 @@ from model.checkpoint import CheckpointError
 from worker.contract import telemetry
 from worker.contract.errors import CannotStart, QueueUnavailable
 from worker.contract.settings import complaints
-from worker.contract.store import FolderStore, PictureStore
+from worker.contract.store import PictureStore, open_store
 from worker.contract.telemetry import Traces
 from worker.contract.transitions import LEASE_S
 from worker.delivery import Delivery
 from worker.engine import Engine, Task
 from worker.intake import Claim, Intake
 from worker.logs import configure
-from worker.metrics import WorkerMetrics
+from worker.metrics import WorkerMetrics, count_for_supervisor
 from worker.models import Loader, Model
 from worker.previews import encode_preview
 from worker.safety import SafetyFilter, safety_filter
 from worker.settings import WorkerSettings
+from worker.status import CANNOT_START, HUNG, State, Status
 
 if TYPE_CHECKING:
     from worker.tracing import JobTracing
@@ -42,15 +44,21 @@ log = structlog.get_logger()
 ANNOUNCE_S = 10.0
 RENEW_S = 1.0
 REAP_S = 2.0
-JOIN_S = 1.0
+REPORT_S = 0.5
 PROGRESS_S = 0.25
+PASS_ON_S = 1.0
 IDLE_S = 2.0
 AWAY_S = 0.5
+
+STORE_SLOW_S = 5.0
+"""While a picture waits longer than this for the store, nothing more is claimed."""
 
 SLOW_FACTOR = 5
 """A piece of work that takes so many times longer than predicted, and longer than a lease, costs us our leases."""
 
-HUNG_S, HUNG_FACTOR, HUNG_STATUS = 120.0, 20, 70
+HUNG_S, HUNG_FACTOR = 120.0, 20
+LAST_BATCH_S = 3.0
+"""How long a worker that leaves waits for the batch that is still on the GPU: its jobs are no longer ours."""
 
 
 @dataclass
@@ -103,11 +111,15 @@ class Worker:
         )
         self._running: dict[Task, Claim] = {}  # until committed or handed back
         self._stops = 0  # how often we were told to stop
+        self._published = False  # Redis knows of us
+        self._gpu = next(iter(models.values())).pipeline.device
+        self._reported = Every(REPORT_S)
         self._turns = {
             self._announce: Every(ANNOUNCE_S),
             self._renew: Every(RENEW_S),
             self.intake.reap: Every(REAP_S),
             self._report_progress: Every(PROGRESS_S),
+            self._pass_on: Every(PASS_ON_S),
         }
 
     def stop(self) -> None:
@@ -115,8 +127,8 @@ class Worker:
         self._stops += 1
         self.intake.wake()
 
-    def serve(self) -> None:
-        """Serve until stopped. Redis may come and go meanwhile."""
+    def serve(self) -> bool:
+        """Serve until stopped. Redis may come and go meanwhile. False: the GPU was left at work, so end at once."""
         gpu = threading.Thread(target=self.engine.run, name="gpu", daemon=True)
         gpu.start()
         self._publish()
@@ -124,7 +136,7 @@ class Worker:
         while not self._stops:
             self._check(gpu)
             self._try(self._turn)
-        self._leave(gpu)
+        return self._leave(gpu)
 
     def _turn(self) -> None:
         """One turn of the control loop: keep what we hold, pass on who should stop, claim, wait."""
@@ -140,6 +152,8 @@ class Worker:
         self.intake.wait(PROGRESS_S if self._running else IDLE_S)
 
     def _try(self, do: Callable[[], None]) -> bool:
+        if self._reported.is_due():
+            self._report()
         try:
             do()
             return True
@@ -148,6 +162,16 @@ class Worker:
             time.sleep(AWAY_S)
             return False
 
+    def _report(self) -> None:
+        """Say that this loop turns, what it is at and what Prometheus is to know."""
+        self.metrics.refresh()
+        if self._gpu.type == "cuda" and self._is_well():  # the allocator might keep us waiting for a GPU that hangs
+            self.metrics.gpu_memory(self._gpu.index or 0, gpu_memory(self._gpu))
+        if file := self.settings.worker_status:
+            state: State = "draining" if self._stops else "ready" if self._published else "connecting"
+            with suppress(OSError):  # a full disk ends no job; that we say nothing is seen
+                Status(state, len(self._running), time.monotonic()).write(file)
+
     def _check(self, gpu: threading.Thread) -> None:
         """A worker whose GPU thread is dead or hangs can do no more good: its supervisor starts another."""
         if not gpu.is_alive():
@@ -155,14 +179,12 @@ class Worker:
         current = self.engine.current()
         if current and time.monotonic() - current.started > max(HUNG_S, HUNG_FACTOR * current.predicted_s):
             log.error("the GPU hangs; this process ends", stage=current.stage, jobs=current.job_ids)
-            os._exit(HUNG_STATUS)
+            os._exit(HUNG)
 
     def _is_well(self) -> bool:
         """Whether what we do now makes progress. If not, others may have our jobs."""
-        now, current = time.monotonic(), self.engine.current()
-        if current and now - current.started > max(LEASE_S, SLOW_FACTOR * current.predicted_s):
-            return False
-        return not self.delivery.is_stuck(now)
+        current = self.engine.current()
+        return not current or time.monotonic() - current.started <= max(LEASE_S, SLOW_FACTOR * current.predicted_s)
 
     def _renew(self) -> None:
         if self._is_well():
@@ -193,7 +215,7 @@ class Worker:
 
     def _claim(self) -> None:
         room = min(self.engine.room(), self.settings.max_jobs - len(self._running))
-        if room < 1 or not self._is_well():
+        if room < 1 or not self._is_well() or self._waits_for_store():
             return
         for claim in self.intake.claim([model for model in self.models if self.engine.room(model)], room):
             self.metrics.claimed(claim.job, claim.queued_s)
@@ -202,19 +224,42 @@ class Worker:
             self._running[task] = claim
             self.engine.submit(task)
 
+    def _waits_for_store(self) -> bool:
+        return self.delivery.waited_s(time.monotonic()) > min(STORE_SLOW_S, self.settings.store_patience_s)
+
+    def _pass_on(self) -> None:
+        """Hand back finished jobs whose pictures the store does not take: another worker may have a way to it.
+
+        They run again from the start. This worker claims nothing before its store takes a picture, so that a store
+        that is away from everybody makes nobody run them in vain.
+        """
+        if self.delivery.waited_s(time.monotonic()) > self.settings.store_patience_s:
+            self._hand_back_unstored()
+
+    def _hand_back_unstored(self) -> None:
+        claims = self.delivery.unstored()
+        self.intake.hand_back(claims)
+        self.delivery.drop(claims)
+        for task in [task for task, claim in list(self._running.items()) if claim in claims]:
+            log.warning("the picture store is away; handed back a finished job", job=task.job.id)
+            self._running.pop(task, None)
+
     def _publish(self) -> None:
         """Say that the models are ready; insist, since nothing works before that."""
         while not self._stops and not self._try(self._announce):
             pass
         while not self._stops and not self._try(self._renew):
             pass
+        self._published = True
+        self._report()
 
     def _announce(self) -> None:
         """The cards again and again: a Redis that comes back may have forgotten them."""
         self.intake.publish(model.card for model in self.models.values())
 
-    def _leave(self, gpu: threading.Thread) -> None:
-        """Finish what can be finished in time, hand the rest back, and go."""
+    def _leave(self, gpu: threading.Thread) -> bool:
+        """Finish what can be finished in time, hand the rest back, and go; whether the GPU is done as well."""
+        self._report()
         end = time.monotonic() + self.settings.grace_s
         self._hand_back(self._too_long(self.settings.grace_s))
         while self._running and self._stops < 2 and time.monotonic() < end:
@@ -222,16 +267,16 @@ class Worker:
             self._try(self._turn)
         self._hand_back(list(self._running))
         self.engine.stop()
-        while gpu.is_alive():
-            gpu.join(JOIN_S)
-            if gpu.is_alive():
-                self._check(gpu)  # one that hangs ends the process: nothing waits for it
+        gpu.join(LAST_BATCH_S)
+        if self._waits_for_store():
+            self._try(self._hand_back_unstored)
         self.delivery.close()
         try:
             self.intake.retire()
         except QueueUnavailable as error:
             log.warning("redis is away; this worker will be missed by its lease", cause=str(error.__cause__))
         self.intake.close()
+        return not gpu.is_alive()
 
     def _too_long(self, seconds: float) -> list[Task]:
         """The tasks that will not all be done in that time: the longest."""
@@ -279,19 +324,19 @@ def serve() -> int:
     configure()
     try:
         settings = WorkerSettings()
+        if settings.worker_status:
+            count_for_supervisor()
         metrics = WorkerMetrics()
-        if settings.metrics_port:
-            start_http_server(settings.metrics_port, settings.metrics_host, metrics.registry)
         safety = safety_filter(settings)
+        store = open_store(settings)
         traces = telemetry.connect("darkroom-worker", log, instance=settings.worker_name)
         models = load_models(settings, metrics)
     except (ValidationError, CannotStart, CheckpointError, OSError) as error:
         why = complaints(error) if isinstance(error, ValidationError) else error
         sys.stderr.write(f"darkroom worker: {why}\n")
-        return 2
+        return CANNOT_START
     intake = Intake.connect(settings, settings.worker_name)
-    store, tracing = FolderStore(settings.store_dir), job_tracing(traces)
-    worker = Worker(settings, models, intake, store, metrics, safety, tracing)
+    worker = Worker(settings, models, intake, store, metrics, safety, job_tracing(traces))
 
     def on_signal(_signum: int, _frame: object) -> None:
         log.info("stopping: what fits the grace period is finished, the rest handed back")
@@ -299,12 +344,25 @@ def serve() -> int:
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, on_signal)
+    gpu_is_done = False
     try:
-        worker.serve()
+        gpu_is_done = worker.serve()
     finally:
         if traces:
             traces.close()
+    if not gpu_is_done:
+        log.warning("left before the GPU was done: nobody waits for what it does")
+        os._exit(0)  # the usual end would wait for it
     return 0
+
+
+def gpu_memory(device: torch.device) -> dict[str, int]:
+    """Bytes of a GPU that our tensors take, that are kept for such, and that there are."""
+    return {
+        "allocated": torch.cuda.memory_allocated(device),
+        "reserved": torch.cuda.memory_reserved(device),
+        "total": torch.cuda.get_device_properties(device).total_memory,
+    }
 
 
 def job_tracing(traces: Traces | None) -> JobTracing | None:

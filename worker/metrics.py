@@ -1,13 +1,20 @@
-"""What the worker tells Prometheus. Labels stay bounded: model, stage, outcome; never a job or a prompt."""
+"""What a worker process tells Prometheus. Labels stay bounded: model, stage, outcome; never a job or a prompt.
+
+A process counts in files of its supervisor's, who reads and serves them: what it counted outlives it, and the process
+that takes its place goes on from there. Without a supervisor it counts in memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
+from prometheus_client.core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
 from worker.contract.job import Job
@@ -23,6 +30,38 @@ BATCH_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 BATCH_TOKENS = (256, 512, 1024, 2048, 4096, 6144, 9000, 12_288, 16_384, 32_768)
 LOAD_SECONDS = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 
+PROCESS = "process"
+"""What its files are called by: the processes of one folder come one after the other, and each goes on in the same."""
+
+
+def count_for_supervisor() -> None:
+    """Lets all metrics made from now on count in the files of the folder PROMETHEUS_MULTIPROC_DIR."""
+    values.ValueClass = values.MultiProcessValue(lambda: PROCESS)  # type: ignore[no-untyped-call]
+
+
+def forget_gauges(folder: Path) -> None:
+    """Says that the process of a folder is gone: it has no memory, no rows and no jobs now."""
+    mark_process_dead(PROCESS, str(folder))  # type: ignore[no-untyped-call]
+
+
+class Counted(Collector):
+    """What the processes of some folders counted, added up."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._folders = folders
+
+    def collect(self) -> Iterable[Metric]:
+        """All metrics."""
+        found: Iterable[Metric] = MultiProcessCollector.merge(list(self._files()))  # type: ignore[no-untyped-call]
+        return found
+
+    def _files(self) -> Iterator[str]:
+        for folder in self._folders:
+            for file in folder.glob("*.db"):
+                with suppress(FileNotFoundError):  # that of gauges, of a process that has just gone
+                    if file.stat().st_size:  # it is empty for a moment when it is made
+                        yield str(file)
+
 
 class WorkerMetrics:
     """The worker's collectors, in a registry of their own."""
@@ -30,7 +69,7 @@ class WorkerMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         counter = partial(Counter, registry=self.registry, namespace="darkroom")
-        gauge = partial(Gauge, registry=self.registry, namespace="darkroom")
+        gauge = partial(Gauge, registry=self.registry, namespace="darkroom", multiprocess_mode="livesum")
         histogram = partial(Histogram, registry=self.registry, namespace="darkroom")
         self._jobs = counter("jobs", "Jobs ended, by outcome", ["model", "outcome"])
         self._queue = histogram("request_queue_seconds", "From submission to claim", ["model"], buckets=QUEUE_SECONDS)
@@ -49,6 +88,12 @@ class WorkerMetrics:
         self._previews = counter("previews", "Previews made", ["model"])
         self._checked = counter("pictures_checked", "Pictures that the safety filter saw", ["model", "outcome"])
         self._overhead = counter("engine_overhead_seconds", "Time of the GPU thread, at work but outside the models")
+        self._store_retries = counter("store_retries", "Pictures put again because the store had not taken them")
+        self._memory = gauge("gpu_memory_bytes", "GPU memory: allocated, reserved for that, in all", ["gpu", "kind"])
+        self._pending = gauge("pending_rows", "Rows that wait for the GPU", ["model"])
+        self._hits = counter("embedding_cache_hits", "Texts found in the cache", ["model"])
+        self._misses = counter("embedding_cache_misses", "Texts that were encoded", ["model"])
+        self._readings: list[Callable[[], None]] = []
 
     def loaded(self, model: str, seconds: float) -> None:
         """A model is ready."""
@@ -71,8 +116,32 @@ class WorkerMetrics:
         self._stage.labels(job.model, stage).observe(seconds)
 
     def watch(self, pending_rows: Callable[[], Mapping[str, int]], lookups: Mapping[str, Lookups]) -> None:
-        """What is read whenever somebody looks: the rows that wait, the cache's hits and misses, by model."""
-        self.registry.register(Readings(pending_rows, lookups))
+        """What `refresh` is to read, by model: the rows that wait, the cache's hits and misses."""
+        seen = dict.fromkeys(lookups, (0, 0))
+
+        def read() -> None:
+            for model, rows in pending_rows().items():
+                self._pending.labels(model).set(rows)
+            for model, found in lookups.items():
+                (hits, misses), seen[model] = seen[model], (found.hits, found.misses)
+                self._hits.labels(model).inc(seen[model][0] - hits)
+                self._misses.labels(model).inc(seen[model][1] - misses)
+
+        self._readings.append(read)
+
+    def refresh(self) -> None:
+        """Reads what is watched. For one thread."""
+        for read in self._readings:
+            read()
+
+    def gpu_memory(self, gpu: int, sizes: Mapping[str, int]) -> None:
+        """How the memory of a GPU is used: bytes, by kind."""
+        for kind, size in sizes.items():
+            self._memory.labels(str(gpu), kind).set(size)
+
+    def store_retried(self) -> None:
+        """The store did not take a picture, and is asked again."""
+        self._store_retries.inc()
 
     def halved(self, job: Job, stage: str) -> None:
         """A batch ran out of memory; `job` is one of those in it."""
@@ -99,22 +168,3 @@ class WorkerMetrics:
             self._rows.labels(job.model).observe(rows)
             self._tokens.labels(job.model).observe(tokens)
             self._row_steps.labels(job.model).inc(rows)
-
-
-class Readings(Collector):
-    """What is read when somebody looks, and costs nothing in between."""
-
-    def __init__(self, pending_rows: Callable[[], Mapping[str, int]], lookups: Mapping[str, Lookups]) -> None:
-        self._pending_rows, self._lookups = pending_rows, lookups
-
-    def collect(self) -> Iterator[Metric]:
-        """All of them, by model."""
-        pending = GaugeMetricFamily("darkroom_pending_rows", "Rows that wait for the GPU", labels=["model"])
-        for model, rows in self._pending_rows().items():
-            pending.add_metric([model], rows)
-        hits = CounterMetricFamily("darkroom_embedding_cache_hits", "Texts found in the cache", labels=["model"])
-        misses = CounterMetricFamily("darkroom_embedding_cache_misses", "Texts that were encoded", labels=["model"])
-        for model, lookups in self._lookups.items():
-            hits.add_metric([model], lookups.hits)
-            misses.add_metric([model], lookups.misses)
-        yield from (pending, hits, misses)

@@ -12,7 +12,7 @@ from typing import Any
 import structlog
 import torch
 
-from model.checkpoint import CheckpointError, Components, load_components
+from model.checkpoint import CheckpointError, Components, Outline, load_components, outline
 from model.config import VARIANTS
 from model.lowrank import CARD, base_of, variant_at
 from model.params import SAMPLERS, GenerationParams
@@ -95,7 +95,7 @@ class Loader:
         )
         self._loaded.setdefault(base, parts)
         told = _told(source.path)
-        card = make_card(source, parts, told)
+        card = make_card(source, parts.outline, told)
         pipeline = Pipeline(
             parts.mmdit,
             parts.vae,
@@ -135,27 +135,36 @@ def warm_up(pipeline: Pipeline, card: ModelCard) -> dict[str, float]:
     return pace
 
 
-def make_card(source: ModelSource, parts: Components, told: dict[str, Any]) -> ModelCard:
+def card_of(source: ModelSource, settings: WorkerSettings) -> ModelCard:
+    """The card that a worker with these settings would publish: from headers and config files, on any machine.
+
+    raises CheckpointError : what is wrong with the files, as far as these show it
+    """
+    about = outline(source.path, load_t5=settings.t5, variant=source.variant)
+    return make_card(source, about, _told(source.path))
+
+
+def make_card(source: ModelSource, about: Outline, told: dict[str, Any]) -> ModelCard:
     """The card of a model: what its own `darkroom.json` says, else what its variant's publisher recommends."""
-    known = VARIANTS.get(parts.variant)
+    known = VARIANTS.get(about.variant)
     if known is None and "defaults" not in told:
         message = f"{source.path} is none of the published variants and has no darkroom.json with its defaults"
         raise CheckpointError(message)
-    grid_side = parts.mmdit_config.pos_embed_grid * parts.mmdit_config.patch * 8
+    grid_side = about.mmdit_config.pos_embed_grid * about.mmdit_config.patch * 8
     limits: dict[str, Any] = {"max_side": min(grid_side, known.max_side if known else grid_side)}
     defaults = {"steps": known.steps, "guidance_scale": known.guidance_scale, "sampler": known.sampler} if known else {}
     try:
         card = ModelCard(
             name=source.name,
             description=told.get("description") or (known.title if known else source.name),
-            variant=parts.variant,
-            revision=parts.revision,
-            parameters=sum(p.numel() for p in parts.mmdit.parameters()),
+            variant=about.variant,
+            revision=about.revision,
+            parameters=about.parameters,
             defaults=Defaults(**(defaults | told.get("defaults", {}))),
             limits=Limits(**(limits | told.get("limits", {}))),
             negative_prompt=told.get("negative_prompt", known.guided if known else True),
             aliases=_aliases(told),
-            trained_pixels=told.get("trained_pixels", TRAINED_PIXELS.get(parts.variant)),
+            trained_pixels=told.get("trained_pixels", TRAINED_PIXELS.get(about.variant)),
         )
         wrong = _outside(card.defaults, card.limits)
     except TypeError as error:  # an unknown or missing name, or no number where one belongs

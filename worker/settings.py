@@ -103,15 +103,32 @@ class WorkerSettings(ContractSettings):
     death_limit: int = Field(
         default=3, ge=1, le=1000, description="a job fails once its worker died so often with nothing beside it"
     )
+    store_patience_s: float = Field(
+        default=60.0,
+        ge=1,
+        le=3600,
+        description="seconds that finished pictures are held for a picture store that is away, before their jobs go "
+        "back to the queue; this worker takes no more meanwhile",
+    )
     grace_s: float = Field(
-        default=20.0, ge=0, le=3600, description="seconds to finish jobs when told to stop; the rest are handed back"
+        default=20.0, ge=0, le=86_400, description="seconds to finish jobs when told to stop; the rest are handed back"
     )
     worker_name: str = Field(
         default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
         description="this process's name, never used twice; the supervisor gives one",
     )
-    metrics_host: str = Field(default="127.0.0.1", description="address of the worker's /metrics")
-    metrics_port: int = Field(default=0, ge=0, le=65_535, description="port of the worker's /metrics; 0: none")
+    worker_status: Path | None = Field(
+        default=None, description="file in which a process says how it is; the supervisor gives one"
+    )
+    metrics_host: str = Field(default="127.0.0.1", description="address of the worker's /metrics, /healthz and /readyz")
+    metrics_port: int = Field(
+        default=0, ge=0, le=65_535, description="port of the same, one for all processes of the worker; 0: none"
+    )
+
+    pod_name: str = Field(
+        default="", description="in Kubernetes: this pod's name; with its namespace, its deletion cost is its jobs"
+    )
+    pod_namespace: str = Field(default="", description="in Kubernetes: the namespace of this pod")
 
     @field_validator("models", mode="before")
     @classmethod

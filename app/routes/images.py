@@ -13,6 +13,9 @@ from app.jobs import finished_picture
 from app.schemas import refusals
 from worker.contract.job import MEDIA_TYPES, JobView
 
+LINK_S = 300.0
+"""A link into the store lives no longer: whoever has it needs nothing else."""
+
 router = APIRouter(tags=["generations"])
 
 
@@ -23,6 +26,7 @@ router = APIRouter(tags=["generations"])
     response_description="The file, in the format chosen at creation.",
     responses={
         200: {"content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES.values()}},
+        307: {"description": "The picture is at `location`, a url of the store that lives for minutes."},
         304: {"description": "The client has it already (`If-None-Match`)."},
         **refusals(401, 403, 404, 410, 422, 503),
     },
@@ -43,6 +47,9 @@ async def get_image(
     headers = {"etag": tag, "cache-control": f"private, max-age={_seconds_left(view)}, immutable"}
     if _holds(if_none_match, tag):
         return Response(status_code=status.HTTP_304_NOT_MODIFIED, headers=headers)
+    if link := await jobs.picture_link(view, n, expires_s := min(LINK_S, _seconds_left(view))):
+        headers = {"location": link, "cache-control": f"private, max-age={int(expires_s / 2)}"}
+        return Response(status_code=status.HTTP_307_TEMPORARY_REDIRECT, headers=headers)
     data, picture = await jobs.picture(view, n)
     headers["content-disposition"] = f'inline; filename="{job_id}-{n}.{picture.format}"'
     headers["x-content-type-options"] = "nosniff"

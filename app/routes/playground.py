@@ -10,6 +10,8 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Response
 from starlette.exceptions import HTTPException
 
+from app.deps import Gateway, GatewayDep
+
 FOLDER = Path(__file__).parents[1] / "playground"
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -18,13 +20,14 @@ MEDIA_TYPES = {
     ".svg": "image/svg+xml",
 }
 
-# Nothing from elsewhere, nothing inline, no string that becomes markup or code.
+# Nothing from elsewhere but pictures of a store that gives them itself, nothing inline, no string that becomes markup
+# or code.
 POLICY = "; ".join(
     (
         "default-src 'none'",
         "script-src 'self'",
         "style-src 'self'",
-        "img-src 'self' data:",
+        "img-src {pictures}",
         "connect-src 'self'",
         "base-uri 'none'",
         "form-action 'none'",
@@ -34,7 +37,6 @@ POLICY = "; ".join(
     )
 )
 HEADERS = {
-    "content-security-policy": POLICY,
     "cross-origin-opener-policy": "same-origin",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
@@ -45,23 +47,24 @@ router = APIRouter(include_in_schema=False)
 
 
 @router.api_route("/", methods=["GET", "HEAD"])
-async def page(if_none_match: Annotated[str, Header()] = "") -> Response:
+async def page(gateway: GatewayDep, if_none_match: Annotated[str, Header()] = "") -> Response:
     """The page itself."""
-    return await _file("index.html", if_none_match)
+    return await _file("index.html", if_none_match, gateway)
 
 
 @router.api_route("/playground/{name}", methods=["GET", "HEAD"])
-async def part(name: str, if_none_match: Annotated[str, Header()] = "") -> Response:
+async def part(name: str, gateway: GatewayDep, if_none_match: Annotated[str, Header()] = "") -> Response:
     """A script, style or drawing of the page."""
-    return await _file(name, if_none_match)
+    return await _file(name, if_none_match, gateway)
 
 
-async def _file(name: str, if_none_match: str) -> Response:
+async def _file(name: str, if_none_match: str, gateway: Gateway) -> Response:
     data = await asyncio.to_thread(_read, name)
     if data is None:
         raise HTTPException(404)
     tag = f'"{hashlib.blake2b(data, digest_size=12).hexdigest()}"'
-    headers = {**HEADERS, "etag": tag}
+    pictures = " ".join(("'self'", "data:", *([gateway.store.origin] if gateway.store.origin else [])))
+    headers = {**HEADERS, "content-security-policy": POLICY.format(pictures=pictures), "etag": tag}
     held = [candidate.strip().removeprefix("W/") for candidate in if_none_match.split(",")]
     if tag in held or held == ["*"]:
         return Response(status_code=304, headers=headers)

@@ -11,7 +11,7 @@ from model.params import GenerationParams
 from worker.contract.cards import Defaults, Limits, ModelCard
 from worker.contract.job import Failure, Job, Picture, Progress, Result
 from worker.contract.settings import ContractSettings
-from worker.contract.store import FolderStore, picture_key
+from worker.contract.store import open_store, picture_key
 from worker.intake import Claim, Intake
 
 LARGE = ModelCard(
@@ -51,7 +51,7 @@ class FakeWorker:
     def __init__(self, settings: ContractSettings, failure: Failure | None = None) -> None:
         self._settings, self._failure = settings, failure
         self._intake = Intake.connect(settings, "fake")
-        self._store = FolderStore(settings.store_dir)
+        self._store = open_store(settings)
         self._closed = threading.Event()
         self.go_on = threading.Event()  # cleared: jobs stay running, at step 1
         self.go_on.set()

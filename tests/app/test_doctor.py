@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 from app import doctor
 from app.cli import cli
-from app.doctor import Finding
 from app.embedded import EmbeddedValkey, connect
+from app.finding import Finding
 from app.stack import StackSettings
+from tests.bucket import S3Server
 
 
 def finding(findings: Iterator[Finding] | list[Finding], what: str) -> Finding:
@@ -156,6 +157,49 @@ def test_doctor_for_people_says_how_to_mend(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "wrong  model x: " in result.stdout
     assert "name a diffusers folder" in result.stdout
+
+
+def test_settings_from_files_are_looked_at_as_those_of_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "models").write_text(f"mounted={tmp_path}/none\n")
+    (tmp_path / "redis").write_text("redis://:secret@127.0.0.1:9\n")
+    env = {
+        "DARKROOM_DATA_DIR": str(tmp_path),
+        "DARKROOM_MODELS_FILE": str(tmp_path / "models"),
+        "DARKROOM_REDIS_URL_FILE": str(tmp_path / "redis"),
+    }
+    result = CliRunner(env=env).invoke(cli, ["doctor"])
+    assert "wrong  model mounted: " in result.stdout
+    assert "wrong  Redis: 127.0.0.1:9: " in result.stdout
+    assert "secret" not in result.output
+
+
+def test_a_bucket_is_asked_where_the_settings_name_one(tmp_path: Path) -> None:
+    server = S3Server(tmp_path)
+    given = {f"DARKROOM_{name.upper()}": str(value) for name, value in server.settings().items()}
+    env = {"DARKROOM_DATA_DIR": str(tmp_path / "data"), "DARKROOM_REDIS_URL": "redis://127.0.0.1:9"} | given
+
+    def look(**other: str) -> tuple[str, str]:
+        result = CliRunner(env=env | other).invoke(cli, ["doctor", "--role", "gateway", "--json"])
+        found = [Finding(**one) for one in json.loads(result.stdout)["findings"]]
+        one = finding(found, "bucket for pictures")
+        return one.state, one.found
+
+    server.start()
+    try:
+        assert look() == ("ok", f"pictures at {server.url}/ answers")
+        state, found = look(DARKROOM_S3_SECRET_ACCESS_KEY="not-the-secret")
+        assert (state, "not-the-secret" in found) == ("wrong", False)
+        assert look(DARKROOM_S3_BUCKET="no-such-bucket")[0] == "wrong"
+    finally:
+        server.stop()
+
+
+def test_options_of_one_doctor_are_refused_by_the_other() -> None:
+    assert (
+        "--model and --patience are for --deployment" in CliRunner().invoke(cli, ["doctor", "--patience", "3"]).stderr
+    )
+    both = CliRunner().invoke(cli, ["doctor", "--role", "worker", "--deployment", "http://127.0.0.1:9"])
+    assert (both.exit_code, "say one" in both.stderr) == (1, True)
 
 
 def test_doctor_refuses_an_unknown_role() -> None:

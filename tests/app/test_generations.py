@@ -365,11 +365,14 @@ async def test_pictures_are_kept_as_long_as_the_request_says_and_then_deleted(
     assert not store.exists()
 
 
-async def test_image_lost_from_the_store_is_404(served: httpx.AsyncClient, settings: GatewaySettings) -> None:
+async def test_image_lost_from_the_store_is_410_with_when_it_was_to_expire(
+    served: httpx.AsyncClient, settings: GatewaySettings
+) -> None:
     generation = await finished(served)
     FolderStore(settings.store_dir).delete_prefix(generation["id"])
     answer = await served.get(generation["images"][0]["url"])
-    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "no_picture")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (410, "picture_lost")
+    assert generation["expires_at"][:19] in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("job_id", ["gen_" + "0" * 31, "gen_x", "..", "gen_" + "A" * 31, "x" * 5000])

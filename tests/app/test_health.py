@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.logs import make_log
 from app.main import create_app
+from app.metrics import Metrics
 from app.settings import GatewaySettings
-from tests.app.conftest import client_of
+from tests.app.conftest import client_of, until
 from tests.app.fake_worker import FakeWorker
 from tests.worker.jobs import make_job
+from worker.contract.errors import StoreUnavailable
+from worker.contract.load import ASSUMED_SPEED
 from worker.contract.queue import JobQueue
+from worker.contract.store import FolderStore
 from worker.intake import Intake
 
 ASKED = {"model": "tiny", "prompt": "a red circle"}
@@ -169,10 +174,19 @@ async def test_metrics_show_the_queue_and_the_workers(served: httpx.AsyncClient,
     assert named(found, "darkroom_queue_depth", model="tiny", priority="low") == 2
     assert named(found, "darkroom_queue_depth", model="tiny", priority="high") == 1
     assert named(found, "darkroom_queue_depth", model="tiny", priority="normal") == 0
+    assert named(found, "darkroom_queue_bound") == 1000
     assert named(found, "darkroom_model_workers", model="tiny") == 0
 
 
-async def test_metrics_tell_the_seconds_of_work_where_the_speed_is_known(
+async def test_metrics_count_how_generations_ended(served: httpx.AsyncClient, worker: FakeWorker) -> None:
+    worker.stop()
+    asked = await served.post("/v1/generations", json=ASKED)
+    await served.post(f"/v1/generations/{asked.json()['id']}/cancel")
+    found = await samples(served)
+    assert named(found, "darkroom_generations_ended_total", model="tiny", outcome="canceled", reason="") == 1
+
+
+async def test_metrics_tell_the_seconds_of_work_also_where_the_speed_was_never_measured(
     served: httpx.AsyncClient, worker: FakeWorker, settings: GatewaySettings
 ) -> None:
     worker.stop()
@@ -186,13 +200,64 @@ async def test_metrics_tell_the_seconds_of_work_where_the_speed_is_known(
     intake.close()
     megapixel_steps = 1024 * 1024 * 10 * 2 / 1e6
     assert named(found, "darkroom_queue_seconds", model="sd3.5-large") == pytest.approx(megapixel_steps / 2)
-    assert named(found, "darkroom_queue_seconds", model="tiny") is None
+    work = 64 * 64 * 2 * 2 / 1e6
+    assert named(found, "darkroom_queue_seconds", model="tiny") == pytest.approx(work / ASSUMED_SPEED)
+    assert named(found, "darkroom_queue_seconds", model="sd3.5-large-turbo") == 0
+    oldest = "darkroom_queue_oldest_age_seconds"
+    assert named(found, oldest, model="tiny", priority="normal") > 0
+    assert named(found, oldest, model="tiny", priority="low") == 0
 
 
 async def test_metrics_without_redis_have_all_but_the_queue(cut_off: httpx.AsyncClient) -> None:
     found = await samples(cut_off)
     assert named(found, "darkroom_queue_up") == 0
     assert not [name for name, _ in found if name.startswith(("darkroom_queue_depth", "darkroom_model"))]
+
+
+class Store(FolderStore):
+    """A store that breaks, or says nothing until it may."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.broken, self.asked = False, 0
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+
+    def check(self) -> None:
+        self.asked += 1
+        self.may_answer.wait(60)
+        if self.broken:
+            raise StoreUnavailable("not reachable")
+
+
+async def test_store_up_follows_the_store(tmp_path: Path) -> None:
+    metrics, store = Metrics(), Store(tmp_path)
+    await metrics.check_store(store)
+    assert metrics.registry.get_sample_value("darkroom_store_up") == 1
+    store.broken = True
+    with pytest.raises(StoreUnavailable):
+        await metrics.check_store(store)
+    assert metrics.registry.get_sample_value("darkroom_store_up") == 0
+
+
+async def test_a_silent_store_is_down_and_is_not_asked_again_before_it_answers(tmp_path: Path) -> None:
+    metrics, store = Metrics(store_timeout_s=0.05), Store(tmp_path)
+    await metrics.check_store(store)
+    store.may_answer.clear()
+    for _ in range(3):
+        await metrics.check_store(store)
+        assert metrics.registry.get_sample_value("darkroom_store_up") == 0
+    assert store.asked == 2
+    store.may_answer.set()
+    while not metrics.registry.get_sample_value("darkroom_store_up"):
+        await metrics.check_store(store)
+
+
+async def test_metrics_say_that_the_store_is_up(client: httpx.AsyncClient) -> None:
+    async def is_up() -> bool:
+        return named(await samples(client), "darkroom_store_up") == 1
+
+    await until(is_up)
 
 
 async def test_two_gateways_of_one_process_count_apart(settings: GatewaySettings, client: httpx.AsyncClient) -> None:

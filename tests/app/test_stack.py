@@ -14,6 +14,7 @@ import pytest
 
 from app.embedded import EmbeddedValkey, connect
 from app.stack import Stack, StackFailed, StackSettings
+from tests.processes import wait_until
 
 GATEWAY = """
 import http.server, json, os, redis
@@ -34,7 +35,14 @@ def stop(*_):
     sys.exit()
 signal.signal(signal.SIGTERM, stop)
 redis.Redis.from_url(os.environ["DARKROOM_REDIS_URL"]).set("worker", os.getpid())
-print("pictures in", os.environ["DARKROOM_STORE_DIR"], flush=True)
+print("pictures in", os.environ["DARKROOM_STORE_DIR"], os.environ.get("DARKROOM_S3_BUCKET", ""), flush=True)
+time.sleep(600)
+"""
+READER = """
+import time
+from worker.contract.settings import ContractSettings
+settings = ContractSettings()
+print(settings.redis_url, settings.store_dir, flush=True)
 time.sleep(600)
 """
 SLEEPER = "import time; time.sleep(600)"
@@ -131,14 +139,31 @@ def test_worker_that_cannot_start_ends_the_stack_with_its_last_words(settings: S
     assert not is_alive(reports.pid("gateway"))
 
 
-def test_stack_alone_shares_nothing_with_a_configured_one(tmp_path: Path, reports: Reports) -> None:
+def test_stack_alone_shares_nothing_with_a_configured_one(
+    tmp_path: Path, reports: Reports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DARKROOM_S3_BUCKET", "shared-bucket")
     settings = StackSettings(
         data_dir=tmp_path / "own", port=0, redis_url="redis://127.0.0.1:9", store_dir=tmp_path / "shared"
     )
     with Stack(settings, reports.append, commands=COMMANDS, alone=True) as stack:
         stack.wait_ready()
     assert not reports.said("webhooks")
-    assert f"pictures in {tmp_path}/own/pictures" in (tmp_path / "own" / "logs" / "worker.log").read_text()
+    assert f"pictures in {tmp_path}/own/pictures \n" in (tmp_path / "own" / "logs" / "worker.log").read_text()
+
+
+def test_parts_read_what_the_stack_read_from_files(
+    tmp_path: Path, reports: Reports, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {"redis_url": redis_url, "store_dir": f"{tmp_path}/from-a-file"}.items():
+        (tmp_path / name).write_text(text)
+        monkeypatch.setenv(f"DARKROOM_{name.upper()}_FILE", str(tmp_path / name))
+    settings = StackSettings(data_dir=tmp_path, port=0)
+    with Stack(settings, reports.append, commands=COMMANDS | {"webhooks": (sys.executable, "-c", READER)}) as stack:
+        stack.wait_ready()
+        log = tmp_path / "logs" / "webhooks.log"
+        wait_until(lambda: log.exists() and "\n" in log.read_text())
+    assert f"{redis_url} {tmp_path}/from-a-file" in log.read_text()
 
 
 def test_stack_uses_the_redis_that_is_configured(tmp_path: Path, reports: Reports, redis_url: str) -> None:

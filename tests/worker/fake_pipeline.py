@@ -133,4 +133,5 @@ class Bench:
         self.engine.run()
 
     def metric(self, name: str, **labels: str) -> float:
+        self.metrics.refresh()
         return self.metrics.registry.get_sample_value(f"darkroom_{name}", labels) or 0.0

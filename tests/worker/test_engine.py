@@ -13,7 +13,6 @@ from structlog.testing import capture_logs
 from model.work import Decode, Denoise, Encode, NonFiniteLatents, Work
 from tests.worker.fake_pipeline import Bench, FakePipeline, seed_of
 from tests.worker.jobs import make_job
-from worker.contract.errors import StoreUnavailable
 from worker.engine import Task, explain
 
 
@@ -305,7 +304,6 @@ def test_metrics_tell_batches_cache_and_overhead() -> None:
     ("error", "code"),
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory"),
-        (StoreUnavailable("disk full"), "store_unavailable"),
         (RuntimeError("secret path /etc"), "internal_error"),
     ],
 )

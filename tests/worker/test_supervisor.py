@@ -11,7 +11,8 @@ import pytest
 
 from tests.processes import is_alive, wait_until
 from tests.worker.jobs import make_job
-from worker.supervisor import slots
+from worker.status import HUNG
+from worker.supervisor import reason, slots
 
 SUPERVISE = """
 import sys
@@ -34,6 +35,19 @@ told = []
 signal.signal(signal.SIGTERM, lambda *_: (told.append(1), print("told", flush=True)))
 print("up", flush=True)
 while len(told) < 2: signal.pause()
+"""
+
+
+TELL_JOBS = """
+import sys
+from pathlib import Path
+from worker.contract.settings import ContractSettings
+from worker.supervisor import Slot, Supervisor
+code = "import os, time; from pathlib import Path; from worker.status import Status;" \\
+    "Status('ready', int(os.environ['JOBS']), 0.0).write(Path(os.environ['DARKROOM_WORKER_STATUS'])); time.sleep(99)"
+slots = [Slot({"JOBS": jobs}, Path(sys.argv[1]) / jobs) for jobs in ("2", "3")]
+command = (sys.executable, "-c", code)
+sys.exit(Supervisor(ContractSettings(), slots, 3, command, on_jobs=lambda jobs: print(jobs, flush=True)).run())
 """
 
 
@@ -88,23 +102,35 @@ def test_processes_do_not_outlive_a_supervisor_that_is_killed(redis_url, monkeyp
     wait_until(lambda: not is_alive(pid))
 
 
-def test_slots_give_every_gpu_a_process_with_its_own_metrics_port():
-    environments = [slot.env for slot in slots("all", "auto", 9464, lambda: 2)]
-    assert environments == [
-        {"DARKROOM_DEVICE": "cuda:0", "DARKROOM_METRICS_PORT": "9464"},
-        {"DARKROOM_DEVICE": "cuda:1", "DARKROOM_METRICS_PORT": "9465"},
-    ]
-    assert [slot.env["DARKROOM_DEVICE"] for slot in slots("2", "cuda", 0, lambda: 3)] == ["cuda:2"]
-    assert [slot.env for slot in slots("", "cpu", 9464, lambda: 0)] == [{}]
+def test_slots_give_every_gpu_a_process_with_a_folder_of_its_own(tmp_path):
+    chosen = slots("all", "auto", tmp_path, lambda: 2)
+    assert [slot.env for slot in chosen] == [{"DARKROOM_DEVICE": "cuda:0"}, {"DARKROOM_DEVICE": "cuda:1"}]
+    assert [slot.folder for slot in chosen] == [tmp_path / "0", tmp_path / "1"]
+    assert [slot.env["DARKROOM_DEVICE"] for slot in slots("2", "cuda", tmp_path, lambda: 3)] == ["cuda:2"]
+    assert [slot.env for slot in slots("", "cpu", tmp_path, lambda: 0)] == [{}]
 
 
 @pytest.mark.parametrize(
     ("gpus", "device", "said"),
     [("all", "auto", "this machine shows 0"), ("0,4", "auto", "this machine shows 0"), ("0", "cpu", "device is 'cpu'")],
 )
-def test_gpus_that_are_not_there_are_refused_in_words(gpus, device, said):
+def test_gpus_that_are_not_there_are_refused_in_words(gpus, device, said, tmp_path):
     with pytest.raises(ValueError, match=said):
-        slots(gpus, device, 0, lambda: 1 if device == "cpu" else 0)
+        slots(gpus, device, tmp_path, lambda: 1 if device == "cpu" else 0)
+
+
+@pytest.mark.parametrize(("code", "why"), [(-9, "killed"), (0, "killed"), (1, "crashed"), (HUNG, "hung")])
+def test_a_restart_has_one_of_three_reasons(code, why):
+    assert reason(code) == why
+
+
+def test_jobs_of_all_processes_are_added_up_and_told(redis_url, monkeypatch, tmp_path):
+    monkeypatch.setenv("DARKROOM_REDIS_URL", redis_url)
+    with subprocess.Popen([sys.executable, "-c", TELL_JOBS, str(tmp_path)], stdout=subprocess.PIPE, text=True) as told:
+        assert told.stdout is not None
+        assert "5\n" in iter(told.stdout.readline, "")  # not until both have said theirs
+        told.terminate()
+        assert told.wait(30) == 0
 
 
 def test_the_supervisor_loads_no_torch():

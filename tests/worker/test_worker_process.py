@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
@@ -70,10 +71,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
 @pytest.fixture(scope="module")
 def worker(server: Valkey, tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path) -> Iterator[Process]:
     """One worker for all tests here but the last, which ends it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = Process(server.url, tmp_path_factory.mktemp("worker"), tiny_bundle, port)
+    process = Process(server.url, tmp_path_factory.mktemp("worker"), tiny_bundle, free_port())
     yield process
     process.popen.kill()
     process.popen.wait()
@@ -85,6 +83,13 @@ async def queue(server: Valkey, worker: Process) -> AsyncIterator[JobQueue]:
     await until(queue.workers, lambda workers: workers == {"tiny": 1}, worker)
     yield queue
     await queue.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 async def until(ask: Callable[[], Awaitable[Any]], enough: Callable[[Any], bool], worker: Process) -> Any:
@@ -223,17 +228,32 @@ async def test_metrics_count_what_happened_and_name_no_job(queue: JobQueue, work
     job = make_job()
     await queue.submit(job)
     await ended(queue, job, worker)
-    text = scrape(worker.metrics_port)
+    _, text = get(worker.metrics_port, "/metrics")
     assert 'darkroom_models_loaded{model="tiny"} 1.0' in text
     assert 'darkroom_jobs_total{model="tiny",outcome="succeeded"}' in text
     assert 'stage="vae_decode"' in text
     assert "gen_" not in text
 
 
-def scrape(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-        text: str = answer.read().decode()
-    return text
+def get(port: int, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+async def test_worker_that_serves_is_ready_and_says_what_it_holds(queue: JobQueue, worker: Process) -> None:
+    wait_until(lambda: get(worker.metrics_port, "/readyz")[0] == 200)
+    jobs = [make_job(steps=100, num_images=4, width=256, height=256) for _ in range(2)]
+    for job in jobs:
+        await queue.submit(job)
+    wait_until(lambda: '"jobs": 2' in get(worker.metrics_port, "/readyz")[1])
+    for job in jobs:
+        await queue.cancel(job.id)
+        await ended(queue, job, worker)
+    assert get(worker.metrics_port, "/healthz")[0] == 200
 
 
 async def test_sigterm_finishes_what_runs_and_takes_no_more(queue: JobQueue, worker: Process) -> None:
@@ -258,12 +278,25 @@ def test_a_worker_that_cannot_load_its_model_says_why_in_words(
     assert "Traceback" not in log
 
 
+def test_a_port_that_is_taken_ends_the_worker_in_words(redis_url: str, tmp_path: Path, tiny_bundle: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        process = Process(redis_url, tmp_path, tiny_bundle, taken.getsockname()[1])
+        assert process.popen.wait(DEADLINE_S) == 2
+    log = process.log.read_text()
+    assert "DARKROOM_METRICS_PORT" in log
+    assert "Traceback" not in log
+
+
 def test_a_worker_told_to_stop_while_it_loads_ends_at_once_and_well(
     redis_url: str, tmp_path: Path, tiny_bundle: Path
 ) -> None:
     models = ",".join(f"tiny{n}={tiny_bundle}" for n in range(20))
-    process = Process(redis_url, tmp_path, tiny_bundle, DARKROOM_MODELS=models)
+    port = free_port()
+    process = Process(redis_url, tmp_path, tiny_bundle, port, DARKROOM_MODELS=models)
     wait_until(lambda: '"loading"' in process.log.read_text())
+    assert get(port, "/healthz")[0] == 200
+    status, told = get(port, "/readyz")
+    assert (status, "process 0 loads its models" in told) == (503, True)
     assert process.end() == 0
     log = process.log.read_text()
     assert "told to stop before it was ready" in log

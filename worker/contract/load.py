@@ -12,8 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from worker.contract.job import PRIORITIES, Priority, queue_name
+from worker.contract.record import read_time
 
 MEGA = 1e6
+
+ASSUMED_SPEED = 10.0
+"""Megapixel-steps a second of a worker of which nothing was ever measured: about those of an H100 with SD3.5 Large."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +45,13 @@ class Load:
         speeds = [speed or self.last_speed.get(model) for name, _, speed in self.workers if name == model]
         return sum(speed for speed in speeds if speed) or None
 
-    def outstanding_s(self, model: str) -> float | None:
-        """Seconds of work of a model, queued and running; by one worker where none is alive. None: never measured."""
-        speed = self.speed(model) or self.last_speed.get(model)
-        work = self._waiting(model, PRIORITIES) + self.counts.get(f"running:{model}", 0) / MEGA
-        return work / speed if speed else None
+    def outstanding_s(self, model: str) -> float:
+        """Seconds of work of a model, queued and running.
+
+        Where no worker is alive, by one as fast as the last; where none ever measured itself, by ASSUMED_SPEED.
+        """
+        speed = self.speed(model) or self.last_speed.get(model) or ASSUMED_SPEED
+        return (self._waiting(model, PRIORITIES) + self.counts.get(f"running:{model}", 0) / MEGA) / speed
 
     def wait_s(self, model: str, priority: Priority) -> float | None:
         """Seconds until a new job would start; None: there is no worker, or its speed is not known.
@@ -92,3 +98,41 @@ class Load:
     def _running_s(self, model: str) -> float:
         speed = self.speed(model)
         return self.counts.get(f"running:{model}", 0) / MEGA / speed if speed else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """All queues of all models ever known, and their workers, at one moment."""
+
+    load: Load
+    waiting: dict[tuple[str, Priority], int]  # jobs, by model and priority
+    oldest_s: dict[tuple[str, Priority], float]  # how long the one waits that has waited longest; 0: none does
+    ended: dict[tuple[str, str, str], int] = field(
+        default_factory=dict
+    )  # jobs so far, by model, outcome, failure's code
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """The survey as the transition gives it."""
+        seen: dict[str, Any] = json.loads(text)
+        ended = list(seen["ended"] or ())
+        queues = [(row[0], row[1], row[2], row[3] if len(row) > 3 else None) for row in seen["queues"] or ()]
+        return cls(
+            load=Load.from_json(text),
+            waiting={(model, priority): count for model, priority, count, _ in queues},
+            oldest_s={(model, priority): _age_s(since, seen["now"]) for model, priority, _, since in queues},
+            ended={tuple(json.loads(how)): int(count) for how, count in zip(ended[::2], ended[1::2], strict=True)},
+        )
+
+    @property
+    def models(self) -> list[str]:
+        """All of them, with workers or without."""
+        return list(dict.fromkeys(model for model, _ in self.waiting))
+
+    def workers(self, model: str) -> int:
+        """How many live workers hold the model."""
+        return sum(name == model for name, _, _ in self.load.workers)
+
+
+def _age_s(since: str | None, now: float) -> float:
+    return max(0.0, now - (read_time(since.encode()) or now)) if since else 0.0

@@ -72,6 +72,16 @@ class Outbox:
         with reaching_redis():
             return int(await cast(Any, self._redis.zcard("darkroom:outbox")))
 
+    async def overdue_s(self) -> float:
+        """Since how many seconds the message is due that no sender took though it is due the longest; else 0."""
+        with reaching_redis():
+            async with self._redis.pipeline(transaction=True) as pipe:
+                pipe.time()
+                pipe.zrange("darkroom:outbox", 0, 0, withscores=True)
+                (seconds, micros), first = await pipe.execute()
+        now = float(seconds) + float(micros) / 1e6
+        return max(0.0, now - float(first[0][1])) if first else 0.0
+
     async def _settle(
         self, entry: Entry, outcome: Literal["done", "retry", "dead"], delivery: dict[str, Any], delay_s: float = 0.0
     ) -> None:

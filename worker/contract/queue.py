@@ -17,7 +17,6 @@ from typing import Any, Self, cast
 
 import redis.asyncio
 from redis.commands.core import AsyncScript
-from rq.defaults import RQ_KEY_PREFIX
 
 from worker.contract.cards import ModelCard
 from worker.contract.errors import (
@@ -29,9 +28,9 @@ from worker.contract.errors import (
     UnknownGeneration,
 )
 from worker.contract.events import ENDINGS, EVENT_ID, FIRST, Event, JobEvents
-from worker.contract.job import PRIORITIES, TERMINAL, Job, JobView, Priority, queue_name
+from worker.contract.job import TERMINAL, Job, JobView, Priority, queue_name
 from worker.contract.link import connect_async, reaching_redis
-from worker.contract.load import Load
+from worker.contract.load import Load, Survey
 from worker.contract.orphans import Orphans
 from worker.contract.record import RecordWriter, read_view
 from worker.contract.settings import ContractSettings
@@ -107,7 +106,7 @@ class JobQueue:
         self._records = RecordWriter(settings.record_lifetime_s)
         self._events = JobEvents(redis)
         self.orphans = Orphans(redis)
-        names = ("submit", "view", "page", "cancel", "forget", "reap", "load", "expire")
+        names = ("submit", "view", "page", "cancel", "forget", "reap", "load", "survey", "expire")
         self._scripts: dict[str, AsyncScript] = {name: redis.register_script(script(name)) for name in names}
 
     @classmethod
@@ -189,10 +188,9 @@ class JobQueue:
         who = () if owner is None else (owner, queue_name(model, priority))
         return (await self._load(*who)).wait_s(model, priority)
 
-    async def outstanding(self) -> dict[str, float | None]:
-        """Seconds of work queued and running, by known model; None: its speed was never measured."""
-        load, cards = await self._load(), await self.cards()
-        return {model: load.outstanding_s(model) for model in cards}
+    async def survey(self) -> Survey:
+        """All queues and workers at one moment, in one command."""
+        return Survey.from_json(await self._run("survey", WORKER_SEEN_S))
 
     async def expired_pictures(self, most: int) -> list[str]:
         """Ids of at most so many jobs whose pictures' time is up, each given once: the caller deletes their pictures.
@@ -292,16 +290,6 @@ class JobQueue:
                 pipe.zrange(WORKERS, 0, -1, withscores=True)
                 (seconds, _micros), seen = await pipe.execute()
         return dict(Counter(json.loads(member)[0] for member, at in seen if at > seconds - WORKER_SEEN_S))
-
-    async def depth(self) -> dict[tuple[str, Priority], int]:
-        """How many jobs wait, by known model and priority."""
-        with reaching_redis():
-            models = sorted(name.decode() for name in await cast(Any, self._redis.hkeys(CARDS)))
-            queues = [(model, priority) for model in models for priority in PRIORITIES]
-            async with self._redis.pipeline(transaction=False) as pipe:
-                for queue in queues:
-                    pipe.llen(f"{RQ_KEY_PREFIX}:queue:{queue_name(*queue)}")
-                return dict(zip(queues, await pipe.execute(), strict=True))
 
     async def _retry_after_s(self, job: Job) -> int:
         """When a client that was turned away may come again: once a job of its own would start."""

@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
-from worker.contract.errors import StoreUnavailable
+from worker.contract.errors import CannotStart, StoreUnavailable
 from worker.contract.job import OutputFormat
+from worker.contract.settings import ContractSettings
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _MAX_KEY = 512
@@ -34,12 +35,21 @@ def picture_key(job_id: str, execution: str, n: int, format: OutputFormat) -> st
 class PictureStore(Protocol):
     """Bytes by key. Every method raises StoreUnavailable when the store does not answer, ValueError for no key."""
 
+    @property
+    def origin(self) -> str | None:
+        """Scheme, host and port of the urls that `link` gives; None: it gives none."""
+        ...
+
     def put(self, key: str, data: bytes) -> None:
         """Keeps the bytes; whoever reads sees all of them or none."""
         ...
 
     def get(self, key: str) -> bytes | None:
         """The bytes, or None if there are none (any more)."""
+        ...
+
+    def link(self, key: str, expires_s: float) -> str | None:
+        """A url at which anybody gets the bytes for so long; None if there are none, or if only we can give them."""
         ...
 
     def delete_prefix(self, prefix: str) -> None:
@@ -51,12 +61,35 @@ class PictureStore(Protocol):
         ...
 
     def check(self) -> None:
-        """Returns if pictures can be written."""
+        """Returns if the store answers us, and leaves nothing there. A folder: if pictures can be written."""
         ...
+
+
+def open_store(settings: ContractSettings) -> PictureStore:
+    """The store that the settings name: a bucket if there is one, else the folder. CannotStart."""
+    if settings.s3_bucket is None:
+        return FolderStore(settings.store_dir)
+    try:
+        from worker.contract.s3 import S3Store  # with it comes obstore
+    except ImportError:
+        mend = "pip install 'darkroom[s3]'"
+        raise CannotStart(
+            f"DARKROOM_S3_BUCKET is set, and obstore, which speaks S3, is not installed: {mend}"
+        ) from None
+    return S3Store(settings)
+
+
+def check_key(key: str) -> str:
+    """The key, if it is one; ValueError if not."""
+    if len(key) > _MAX_KEY or not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
+        raise ValueError(f"picture key is {key!r}; allowed: letters, digits, '.', '_' and '-', joined by '/'")
+    return key
 
 
 class FolderStore:
     """A PictureStore in a folder that gateway and worker share; keys are paths in it."""
+
+    origin = None
 
     def __init__(self, root: Path) -> None:
         self._root = root.expanduser().absolute()
@@ -87,6 +120,9 @@ class FolderStore:
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return None
 
+    def link(self, key: str, expires_s: float) -> None:
+        """None: a folder has no urls."""
+
     def delete_prefix(self, prefix: str) -> None:
         """Removes the folder or file that the segments name; nothing there is no error."""
         path = self._path(prefix.removesuffix("/"))
@@ -112,9 +148,7 @@ class FolderStore:
             self._temporary().unlink()
 
     def _path(self, key: str) -> Path:
-        if len(key) > _MAX_KEY or not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
-            raise ValueError(f"picture key is {key!r}; allowed: letters, digits, '.', '_' and '-', joined by '/'")
-        return self._root / key
+        return self._root / check_key(key)
 
     def _temporary(self) -> Path:
         """A new file, where no deletion of a prefix finds it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from datetime import UTC, datetime
 
@@ -10,7 +11,7 @@ import pytest
 from tests.worker.contract.test_queue import card
 from worker.contract.errors import QueueFull, TooManyJobs
 from worker.contract.job import Failure, Result
-from worker.contract.load import Load
+from worker.contract.load import ASSUMED_SPEED, Load
 from worker.contract.operations import Operations
 from worker.contract.queue import JobQueue
 from worker.contract.usage import Usage
@@ -94,9 +95,63 @@ async def test_outstanding_is_queued_and_running_work_by_known_model(queue, inta
     await fill(queue, make_job, 4)
     await fill(queue, make_job, 1, model="other")
     intake.claim(["demo"], 1)
-    assert await queue.outstanding() == {"demo": near(2.0), "idle": 0.0, "other": None}
+    survey = await queue.survey()
+    assert {model: survey.load.outstanding_s(model) for model in survey.models} == {
+        "demo": near(2.0),
+        "idle": 0.0,
+        "other": near(WORK / ASSUMED_SPEED),  # of which nothing was ever measured
+    }
     intake.retire()
-    assert (await queue.outstanding())["demo"] == near(2.0)  # a worker as fast as the last would need as long
+    survey = await queue.survey()
+    assert survey.load.outstanding_s("demo") == near(2.0)  # a worker as fast as the last would need as long
+    assert survey.workers("demo") == 0
+
+
+async def test_survey_tells_how_long_the_oldest_job_waits_also_of_those_put_back(queue, intake, make_job, client):
+    intake.publish([card("demo")])
+    jobs = await fill(queue, make_job, 3)
+    for job, at in zip(jobs, ("2020-01-01T00:00:03.000000Z", "2020-01-01T00:00:01.000000Z", None), strict=True):
+        if at:
+            client.hset(f"rq:job:{job.id}", "enqueued_at", at)
+    survey = await queue.survey()
+    assert survey.oldest_s["demo", "normal"] == pytest.approx(time.time() - 1_577_836_801, abs=60)
+    assert survey.oldest_s["demo", "high"] == 0
+    claims = intake.claim(["demo"], 2)
+    assert (await queue.survey()).oldest_s["demo", "normal"] < 60
+    intake.hand_back(claims)
+    assert (await queue.survey()).oldest_s["demo", "normal"] > 1e6
+
+
+async def test_survey_counts_how_jobs_ended_whoever_ended_them(queue, intake, make_job):
+    assert (await queue.survey()).ended == {}
+    await fill(queue, make_job, 3)
+    done, broken, _running = intake.claim(["demo"], 3)
+    intake.commit(done, "succeeded", Result())
+    intake.commit(broken, "failed", Result(failure=Failure(code="non_finite", message="it is")))
+    (waiting,) = await fill(queue, make_job, 1)
+    await queue.cancel(waiting.id)
+    await fill(queue, make_job, 2, model="other", deadline=1.0)
+    await queue.reap()
+    assert (await queue.survey()).ended == {
+        ("demo", "succeeded", ""): 1,
+        ("demo", "failed", "non_finite"): 1,
+        ("demo", "canceled", ""): 1,
+        ("other", "failed", "deadline_exceeded"): 2,
+    }
+
+
+async def test_survey_of_many_models_is_one_command(queue, intake, make_job, client):
+    intake.publish([card(f"model{n}") for n in range(5)])
+    await fill(queue, make_job, 2, model="model1")
+    await queue.survey()  # from now on Redis knows the script
+    with client.monitor() as monitor:
+        survey = await queue.survey()
+        client.echo("enough")
+        heard = itertools.takewhile(lambda said: "enough" not in said["command"], monitor.listen())
+        sent = [said["command"].split()[0] for said in heard if said["client_type"] != "lua"]
+    assert [command for command in sent if command not in ("HELLO", "CLIENT")] == ["EVALSHA"]  # those: our own echo's
+    assert len(survey.waiting) == 15
+    assert len(survey.models) == 5
 
 
 async def test_full_queue_tells_when_to_come_back_by_its_work(settings, intake, make_job):
@@ -120,7 +175,7 @@ async def test_owner_with_too_many_jobs_is_told_when_to_come_back(queue, intake,
 
 def test_load_of_nothing_is_read():
     load = Load.from_json('{"workers":{},"speed":{},"load":{}}')
-    assert (load.speed("demo"), load.wait_s("demo", "normal"), load.outstanding_s("demo")) == (None, None, None)
+    assert (load.speed("demo"), load.wait_s("demo", "normal"), load.outstanding_s("demo")) == (None, None, 0)
 
 
 def today():

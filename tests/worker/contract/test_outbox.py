@@ -107,6 +107,20 @@ async def test_message_is_one_sender_s_until_its_lease_is_over(queue, outbox, ma
     assert (again[0].id, again[0].attempt) == (first.id, 2)
 
 
+async def test_message_is_overdue_until_a_sender_takes_it(queue, outbox, make_job):
+    assert await outbox.overdue_s() == 0
+    await ended_job(queue, make_job)
+    await outbox.due("s1", 10, 0.05)  # by a sender that dies
+    async with asyncio.timeout(10):
+        while (overdue_s := await outbox.overdue_s()) == 0:
+            await asyncio.sleep(0.01)
+    assert overdue_s < 10
+    (again,) = await outbox.due("s2", 10, 60)
+    assert await outbox.overdue_s() == 0
+    await outbox.retry(again, BAD, 60)
+    assert await outbox.overdue_s() == 0  # it waits, but nobody is to send it now
+
+
 async def test_due_gives_no_more_than_asked_for_the_longest_due_first(queue, outbox, make_job):
     jobs = [await ended_job(queue, make_job) for _ in range(5)]
     assert [entry.job_id for entry in await outbox.due("s1", 2, 60)] == [job.id for job in jobs[:2]]

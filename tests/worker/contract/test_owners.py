@@ -190,7 +190,7 @@ async def test_forgotten_job_leaves_nothing_behind(queue, intake, make_job, clie
     with pytest.raises(UnknownGeneration):
         await queue.view(job.id)
     left = {key for key in client.keys("*") if not key.startswith(b"darkroom:usage:")} - before
-    assert left <= {b"rq:queues", b"darkroom:leases", b"darkroom:pictures"}
+    assert left <= {b"rq:queues", b"darkroom:leases", b"darkroom:pictures", b"darkroom:ended"}
     assert await queue.forget(job.id) is False
 
 

@@ -296,13 +296,13 @@ async def test_cards_stay_and_workers_come_and_go(queue, make_intake, client):
     assert await queue.cards() == {"demo": card("demo"), "other": card("other")}
 
 
-async def test_depth_counts_waiting_jobs_of_every_known_model(queue, intake, make_job):
+async def test_survey_counts_waiting_jobs_of_every_known_model(queue, intake, make_job):
     intake.publish([card("demo"), card("other")])
     for priority in ("high", "high", "low"):
         await queue.submit(make_job(priority=priority))
-    depth = await queue.depth()
-    assert {key: count for key, count in depth.items() if count} == {("demo", "high"): 2, ("demo", "low"): 1}
-    assert len(depth) == 6
+    waiting = (await queue.survey()).waiting
+    assert {key: count for key, count in waiting.items() if count} == {("demo", "high"): 2, ("demo", "low"): 1}
+    assert len(waiting) == 6
 
 
 async def test_job_of_another_schema_is_named_as_such(queue, make_job):
@@ -335,7 +335,7 @@ async def every_method(queue, job):
     yield queue.reap()
     yield queue.cards()
     yield queue.workers()
-    yield queue.depth()
+    yield queue.survey()
     yield queue.page("", limit=3)
     yield queue.forget(job.id)
     yield queue.secret()

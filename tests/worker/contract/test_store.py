@@ -7,14 +7,42 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.bucket import Moto, S3Server
 from worker.contract.errors import StoreUnavailable
-from worker.contract.store import FolderStore, picture_key
+from worker.contract.settings import ContractSettings
+from worker.contract.store import FolderStore, open_store, picture_key
 
 KEY = "gen_1/abc/0.png"
+ALL = ["folder", "s3", pytest.param("moto", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory):
+    """Servers by kind, started when first asked for."""
+    running = {}
+
+    def serve(kind):
+        if kind not in running:
+            running[kind] = {"s3": S3Server, "moto": Moto}[kind](tmp_path_factory.mktemp(kind))
+            running[kind].start()
+        return running[kind]
+
+    yield serve
+    for server in running.values():
+        server.stop()
+
+
+@pytest.fixture(params=ALL)
+def store(request, tmp_path, servers):
+    """Each kind of store in turn, empty, each in a place of its own."""
+    if request.param == "folder":
+        return open_store(ContractSettings(store_dir=tmp_path / "pictures"))
+    place = {"s3_prefix": f"tests/{tmp_path.name}"}
+    return open_store(ContractSettings(**servers(request.param).settings(**place)))
 
 
 @pytest.fixture
-def store(tmp_path):
+def folder(tmp_path):
     return FolderStore(tmp_path / "pictures")
 
 
@@ -64,11 +92,47 @@ def test_delete_prefix_takes_one_execution_and_leaves_the_others(store):
     assert [store.get(f"{key}/0.png") for key in ("gen_1/abc", "gen_1/abd", "gen_10/abc")] == [None, b"b", b"c"]
 
 
-def test_failed_put_leaves_the_old_bytes_and_no_rest(store, tmp_path):
+@pytest.mark.parametrize("key", ["gen_1/-x/_.png", "a..b/-/0.", "_/a-b_c.d/3.WEBP", "1", "gen_1/" + "x" * 200])
+def test_odd_but_legal_keys_are_kept_as_they_are(store, key):
+    store.put(key, b"odd")
+    store.put(f"other/{key}", b"other")
+    assert store.get(key) == b"odd"
+    store.delete_prefix("other")
+    assert (store.get(key), store.get(f"other/{key}")) == (b"odd", None)
+
+
+def test_put_of_what_is_no_bytes_leaves_the_old_bytes(store):
     store.put(KEY, b"old")
     with pytest.raises(TypeError):
         store.put(KEY, "not bytes")
     assert store.get(KEY) == b"old"
+
+
+def test_empty_and_large_pictures_come_back_as_they_were(store):
+    for data in (b"", os.urandom(12_000_000)):
+        store.put(KEY, data)
+        assert store.get(KEY) == data
+
+
+def test_sweep_takes_what_is_older_and_counts_it(store):
+    store.put("gen_1/abc/0.png", b"a")
+    store.put("gen_1/abc/1.webp", b"b")
+    assert store.sweep(50) == 0
+    assert store.sweep(-50) == 2
+    assert store.get("gen_1/abc/0.png") is None
+    assert store.sweep(-50) == 0
+
+
+def test_check_of_a_store_that_is_there_leaves_nothing(store):
+    store.check()
+    assert store.sweep(-50) == 0
+
+
+def test_failed_put_leaves_the_old_bytes_and_no_rest(folder, tmp_path):
+    folder.put(KEY, b"old")
+    with pytest.raises(TypeError):
+        folder.put(KEY, "not bytes")
+    assert folder.get(KEY) == b"old"
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["0.png"]
 
 
@@ -91,34 +155,34 @@ def test_reader_never_sees_half_a_picture(store):
     assert seen <= set(pictures)
 
 
-def test_sweep_takes_the_old_and_empty_folders_and_counts(store, tmp_path):
-    store.put("gen_1/abc/0.png", b"old")
-    store.put("gen_1/abc/1.png", b"old")
-    store.put("gen_2/abc/0.png", b"new")
+def test_sweep_takes_the_old_and_empty_folders_and_counts(folder, tmp_path):
+    folder.put("gen_1/abc/0.png", b"old")
+    folder.put("gen_1/abc/1.png", b"old")
+    folder.put("gen_2/abc/0.png", b"new")
     for n in range(2):
         os.utime(tmp_path / f"pictures/gen_1/abc/{n}.png", (1, time.time() - 100))
-    assert store.sweep(50) == 2
+    assert folder.sweep(50) == 2
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["gen_2"]
-    assert store.get("gen_2/abc/0.png") == b"new"
-    assert store.sweep(50) == 0
+    assert folder.get("gen_2/abc/0.png") == b"new"
+    assert folder.sweep(50) == 0
 
 
-def test_put_survives_a_sweep_that_takes_its_empty_folder(store):
+def test_put_survives_a_sweep_that_takes_its_empty_folder(folder):
     stop = threading.Event()
 
     def sweep():
         while not stop.is_set():
-            store.sweep(1000)
+            folder.sweep(1000)
 
     sweeper = threading.Thread(target=sweep)
     sweeper.start()
     try:
         for n in range(50):
-            store.put(f"gen_{n}/abc/0.png", b"x")
+            folder.put(f"gen_{n}/abc/0.png", b"x")
     finally:
         stop.set()
         sweeper.join()
-    assert all(store.get(f"gen_{n}/abc/0.png") == b"x" for n in range(50))
+    assert all(folder.get(f"gen_{n}/abc/0.png") == b"x" for n in range(50))
 
 
 def test_put_and_delete_of_the_same_prefix_do_not_fail_each_other(store):
@@ -145,6 +209,6 @@ def test_folder_that_cannot_be_written_is_a_clear_error(tmp_path):
         assert str(tmp_path) in str(refused.value.__cause__)
 
 
-def test_check_makes_the_folder_and_leaves_nothing_in_it(store, tmp_path):
-    store.check()
+def test_check_makes_the_folder_and_leaves_nothing_in_it(folder, tmp_path):
+    folder.check()
     assert list((tmp_path / "pictures").iterdir()) == []

@@ -238,6 +238,7 @@ async def test_ended_job_leaves_only_keys_that_expire(queue, intake, make_job, c
     registry = re.compile(rb"rq:(finished|failed|canceled):darkroom\.demo\.normal")
     assert {key for key in keys - of_job if not registry.fullmatch(key)} <= {
         b"rq:queues",
+        b"darkroom:ended",
         b"darkroom:leases",
         b"darkroom:owner:",
         b"darkroom:pictures",

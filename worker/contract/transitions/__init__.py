@@ -1,10 +1,10 @@
 """The transitions of a job: each one Lua script that Redis runs whole or not at all.
 
 submit -> claim -> commit, and cancel and progress beside them. A worker holds what it claimed under a lease: renew,
-hand_back, retire; reap and bury take it from a worker that is gone. Either side runs them. view, page and load read;
-forget leaves nothing, expire tells whose pictures may go; send and sent are for whoever calls webhooks. An operator's
-are retry, purge and status. A job ends once in each of its lives: each has one terminal event, and only retry begins
-another.
+hand_back, retire; reap and bury take it from a worker that is gone. Either side runs them. view, page, load and survey
+read; forget leaves nothing, expire tells whose pictures may go; send and sent are for whoever calls webhooks. An
+operator's are retry, purge and status. A job ends once in each of its lives: each has one terminal event, and only
+retry begins another.
 
 What Redis holds beside RQ's own keys (`rq:job:<id>`, `rq:queue:<queue>`, `rq:<registry>:<queue>`, ...):
 
@@ -33,6 +33,7 @@ darkroom:outbox             zset    'id:event' of what a webhook is to be told -
 darkroom:outbox_entries     hash    of the same: JSON of at, attempt, sender
 darkroom:idempotency:<key>  hash    of the first job of a key: id, position, fingerprint of the request
 darkroom:orphans:<request>  list    ids of jobs whose client went away: whoever asks the same gets one
+darkroom:ended              hash    JSON of [model, outcome, code of a failure] -> how many jobs ended so, for good
 darkroom:usage:<day>        hash    JSON of [owner, model, counter] -> number, for 91 days
 
 darkroom:paused             set     models that no worker claims for

@@ -16,6 +16,22 @@ local function weigh(entry, sign)
   end
 end
 
+-- Workers (model, worker, megapixel-steps a second or nothing), speed (by model, as last measured), load (see `weigh`); for
+-- JSON, in which a list without members may be {}. seen_s: a worker that was silent for longer is not counted.
+local function load_now(seen_s)
+  local workers = {}
+  for _, member in ipairs(redis.call('ZRANGEBYSCORE', WORKERS, decimal(NOW - tonumber(seen_s)), '+inf')) do
+    local pair = cjson.decode(member)
+    workers[#workers + 1] = {pair[1], pair[2], redis.call('HGET', speeds_key(pair[2]), pair[1])}
+  end
+  local function all(key)
+    local found, flat = {}, redis.call('HGETALL', key)
+    for n = 1, #flat, 2 do found[flat[n]] = tonumber(flat[n + 1]) end
+    return found
+  end
+  return {workers = workers, speed = all(SPEED), load = all(LOAD)}
+end
+
 local function entry_of(id)
   local text = redis.call('HGET', OPEN, id)
   return text and cjson.decode(text)

@@ -16,6 +16,7 @@ local PAUSED = 'darkroom:paused'  -- models that no worker may claim for
 local DRAINING = 'darkroom:draining'  -- models that nothing new is accepted for
 local WORKERS = 'darkroom:workers'  -- JSON of [model, worker], scored by when it was last heard of
 local OPEN = 'darkroom:open'  -- id of every job not yet ended -> JSON of where it is and what it counts for
+local ENDED = 'darkroom:ended'  -- how many jobs ended how, by model
 local LOAD = 'darkroom:load'  -- how many jobs wait and run, and their pixel-steps
 local ROUNDS = 'darkroom:rounds'  -- queue -> the last turn taken in it; 'came:<queue>' -> how many owners came
 local SPEED = 'darkroom:speed'  -- model -> megapixel-steps a second, as a worker last measured it

@@ -61,6 +61,13 @@ local function set_apart(id, group)
   redis.call('EXPIRE', suspects_key(group), SUSPECTS_S)
 end
 
+-- Counts how jobs of a model end and, of those that fail, why.
+local function note_end(model, status, outcome)
+  local failure = status == 'failed' and cjson.decode(outcome).failure
+  local code = type(failure) == 'table' and failure.code or ''
+  redis.call('HINCRBY', ENDED, cjson.encode({model, status == 'finished' and 'succeeded' or status, code}), 1)
+end
+
 -- Ends a queued or started job. status: RQ's finished | failed | canceled.
 -- ending: outcome (JSON of our Result), encoded (the same as RQ keeps it: base64 of the return value or of the error), and
 -- from a worker: expires_at (of the pictures), gpu_ms.
@@ -79,6 +86,7 @@ local function end_job(id, status, ending)
   if expires_at then redis.call('ZADD', PICTURES, expires_at, id) end
   close_books(id, lifetime)
   note_usage(meta_of(id), status, ending.gpu_ms)
+  note_end(meta_of(id).model, status, ending.outcome)
   leave_group(id)
   event(id, status == 'finished' and 'succeeded' or status, ending.outcome)
   set_lifetime(id, lifetime)

@@ -1,0 +1,64 @@
+"""A worker that is told to stop while its GPU no longer answers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.work import Work
+from tests.processes import wait_until
+from tests.worker.contract.test_queue import card
+from tests.worker.fake_pipeline import FakePipeline
+from tests.worker.jobs import make_job
+from worker.contract.queue import JobQueue
+from worker.contract.store import FolderStore
+from worker.intake import Intake
+from worker.main import Worker
+from worker.metrics import WorkerMetrics
+from worker.models import Model
+from worker.settings import WorkerSettings
+from worker.status import Status
+
+
+@pytest.mark.slow  # it waits a while for the GPU
+async def test_a_worker_does_not_wait_for_a_gpu_that_hangs_and_hands_its_jobs_back(
+    redis_url: str, tmp_path: Path
+) -> None:
+    stuck, released = threading.Event(), threading.Event()
+
+    def hang(batch: Sequence[Work]) -> None:
+        if batch[0].stage == "denoise":
+            stuck.set()
+            released.wait(60)
+
+    file = tmp_path / "status.json"
+    settings = WorkerSettings(redis_url=redis_url, worker_status=file, grace_s=0, worker_name="w1")  # type: ignore[arg-type]
+    pipeline: Any = FakePipeline(hang)
+    worker = Worker(
+        settings,
+        {"tiny": Model(card("tiny"), pipeline, 0.0, "fp", {})},
+        Intake.connect(settings, "w1"),
+        FolderStore(tmp_path / "pictures"),
+        WorkerMetrics(),
+    )
+    queue, job, gpu_is_done = JobQueue.connect(settings), make_job(), []
+    serving = threading.Thread(target=lambda: gpu_is_done.append(worker.serve()))
+    serving.start()
+    await queue.submit(job)
+    wait_until(lambda: stuck.is_set() and _said(file) == ("ready", 1))
+    worker.stop()
+    wait_until(lambda: _said(file)[0] == "draining")
+    serving.join(30)
+    assert gpu_is_done == [False]
+    assert (await queue.view(job.id)).status == "queued"
+    released.set()
+    await queue.close()
+
+
+def _said(file: Path) -> tuple[str, int]:
+    status = Status.read(file)
+    return (status.state, status.jobs) if status else ("loading", 0)
