@@ -20,6 +20,7 @@ from app.schemas import GenerationCreate
 from worker.contract.errors import DarkroomError, PicturesExpired, StoreUnavailable, UnknownGeneration
 from worker.contract.events import Event
 from worker.contract.job import TERMINAL, Job, JobView, Picture, Webhook
+from worker.contract.link import end
 from worker.contract.queue import WATCH_S, Idempotency
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class Jobs:
         try:
             yield
         finally:
-            task.cancel()
+            await end(task)
 
     async def _keep_watching(self, job_id: str) -> None:
         while True:
@@ -233,4 +234,4 @@ async def _together(*work: Any) -> AsyncIterator[list[asyncio.Task[Any]]]:
         yield tasks
     finally:
         for task in tasks:
-            task.cancel()
+            await end(task)

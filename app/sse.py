@@ -12,6 +12,8 @@ from fastapi.sse import KEEPALIVE_COMMENT
 from starlette.responses import StreamingResponse
 from starlette.types import Send
 
+from worker.contract.link import end
+
 BEAT_S = 5.0
 """Shorter than the patience of any proxy."""
 
@@ -71,15 +73,7 @@ class EventStream(StreamingResponse):
                     yield await self._idle()
         finally:
             with anyio.CancelScope(shield=True):
-                await _end(draining)
-                if coming is not None:
-                    await _end(coming)
+                await end(draining)
+                if coming is not None:  # a generator cannot be closed while it runs
+                    await end(coming)
                 await self._events.aclose()
-
-
-async def _end(task: asyncio.Future[Any]) -> None:
-    """Cancels it and waits until it is over: a generator cannot be closed while it runs."""
-    task.cancel()
-    await asyncio.wait([task])
-    if not task.cancelled():
-        task.exception()

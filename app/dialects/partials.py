@@ -12,6 +12,7 @@ from app.deps import Gateway
 from app.errors import ShuttingDown
 from worker.contract.events import Event
 from worker.contract.job import JobView
+from worker.contract.link import end
 
 WATCH_EVERY_S = 5.0
 """A watch lasts three times as long."""
@@ -61,13 +62,11 @@ async def _until_drained(job_id: str, gateway: Gateway) -> AsyncGenerator[Event,
                 try:
                     await asyncio.wait({upcoming, draining}, return_when=asyncio.FIRST_COMPLETED)
                 finally:
-                    if not upcoming.done():
-                        upcoming.cancel()
-                        await asyncio.wait({upcoming})
+                    await end(upcoming)
                 if upcoming.cancelled():
                     raise ShuttingDown
                 if (event := upcoming.result()) is None:
                     return
                 yield event
     finally:
-        draining.cancel()
+        await end(draining)

@@ -84,7 +84,7 @@ async def test_client_that_hangs_up_while_it_is_held_leaves_its_job_running(
         host, port = live.url.removeprefix("http://").split(":")
         _reader, writer = await asyncio.open_connection(host, int(port))
         body = json.dumps(TINY).encode()
-        head = f"POST /v1/generations HTTP/1.1\r\nhost: x\r\nprefer: wait=60\r\ncontent-length: {len(body)}\r\n"
+        head = f"POST /v1/generations HTTP/1.1\r\nhost: 127.0.0.1\r\nprefer: wait=60\r\ncontent-length: {len(body)}\r\n"
         writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + body)
         await writer.drain()
 

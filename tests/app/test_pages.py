@@ -32,7 +32,8 @@ async def test_pages_of_ones_own_and_programs_may_call(client: httpx.AsyncClient
 
 async def test_pages_behind_a_proxy_may_call_by_the_public_url(settings: GatewaySettings, worker: FakeWorker) -> None:
     public = GatewaySettings(**(settings.model_dump() | {"public_url": "https://images.example/"}))
-    async with client_of(create_app(public)) as client:
+    app = create_app(public)
+    async with app.router.lifespan_context(app), client_of(app) as client:
         for host in ("127.0.0.1:8000", "images.example"):
             headers = {"origin": "https://images.example", "host": host}
             assert (await client.post(CREATE, json=TINY, headers=headers)).status_code == 202
@@ -52,6 +53,7 @@ async def test_names_that_are_nobody_elses_are_answered(client: httpx.AsyncClien
 
 async def test_with_keys_on_foreign_pages_meet_the_key_alone(settings: GatewaySettings) -> None:
     keys_on = settings.model_copy(update={"auth": "on"})
-    async with client_of(create_app(keys_on)) as client:
+    app = create_app(keys_on)
+    async with app.router.lifespan_context(app), client_of(app) as client:
         headers = {"host": "images.example", "origin": "https://evil.example"}
         assert (await client.post(CREATE, json=TINY, headers=headers)).status_code == 401

@@ -23,7 +23,7 @@ from tests.app.fake_worker import FakeWorker
 ROOT = Path(__file__).parents[2]
 SERVE = "from app.main import serve; from app.settings import GatewaySettings; serve(GatewaySettings())"
 BODY = json.dumps({"model": "tiny", "prompt": "a red circle"}).encode()
-HEAD = b"POST /v1/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+HEAD = b"POST /v1/generations HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
 
 
 class Process:
@@ -145,7 +145,7 @@ async def test_sigterm_with_a_drain_is_not_ready_yet_serves(settings: GatewaySet
 
 async def test_scheme_is_believed_of_trusted_proxies_alone(settings: GatewaySettings, tmp_path: Path) -> None:
     async def scheme(proxies: str) -> str:
-        headers = JSON | {"x-forwarded-proto": "https", "host": "pictures.example"}
+        headers = JSON | {"x-forwarded-proto": "https", "host": "pictures.localhost"}
         async with (
             gateway(settings, tmp_path, DARKROOM_TRUSTED_PROXIES=proxies) as running,
             httpx.AsyncClient(trust_env=False) as client,
@@ -154,8 +154,8 @@ async def test_scheme_is_believed_of_trusted_proxies_alone(settings: GatewaySett
         return str(created.json()["urls"]["self"]).partition("/v1")[0]
 
     with FakeWorker(settings):
-        assert await scheme("127.0.0.0/8") == "https://pictures.example"
-        assert await scheme("10.0.0.0/8") == "http://pictures.example"
+        assert await scheme("127.0.0.0/8") == "https://pictures.localhost"
+        assert await scheme("10.0.0.0/8") == "http://pictures.localhost"
 
 
 JSON = {"content-type": "application/json"}

@@ -44,7 +44,8 @@ from pathlib import Path
 from worker.contract.settings import ContractSettings
 from worker.supervisor import Slot, Supervisor
 code = "import os, time; from pathlib import Path; from worker.status import Status;" \\
-    "Status('ready', int(os.environ['JOBS']), 0.0).write(Path(os.environ['DARKROOM_WORKER_STATUS'])); time.sleep(99)"
+    "status = Status('ready', int(os.environ['JOBS']), time.monotonic());" \\
+    "status.write(Path(os.environ['DARKROOM_WORKER_STATUS'])); time.sleep(99)"
 slots = [Slot({"JOBS": jobs}, Path(sys.argv[1]) / jobs) for jobs in ("2", "3")]
 command = (sys.executable, "-c", code)
 sys.exit(Supervisor(ContractSettings(), slots, 3, command, on_jobs=lambda jobs: print(jobs, flush=True)).run())

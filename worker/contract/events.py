@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from worker.contract.link import reaching_redis
+from worker.contract.link import end, reaching_redis
 
 CHANNEL = "darkroom:event"
 RECONNECT_S = 0.5
@@ -127,9 +127,8 @@ class JobEvents:
     async def close(self) -> None:
         """Stops listening."""
         listener, self._listener = self._listener, None
-        while listener is not None and not listener.done():
-            listener.cancel()  # more than once: redis-py loses a cancellation that meets it connecting
-            await asyncio.wait([listener], timeout=0.1)
+        if listener is not None:
+            await end(listener)
 
     def _listen_from_now_on(self) -> None:
         if self._listener is None or self._listener.done():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,8 @@ CONNECTION_WAIT_S = 5.0
 
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 2.0
+
+END_EVERY_S = 0.1
 
 
 def link_options() -> dict[str, Any]:
@@ -53,6 +56,15 @@ def retry_once() -> Retry:
 def retry_once_async() -> AsyncRetry:
     """As `retry_once`, for asyncio."""
     return AsyncRetry(NoBackoff(), 1, supported_errors=(RedisConnectionError,))
+
+
+async def end(task: asyncio.Future[Any]) -> None:
+    """Cancels a task and waits until it is over, whatever came of it."""
+    while not task.done():  # once may not do: before Python 3.12 `wait_for`, with which redis-py sends, can swallow it
+        task.cancel()
+        await asyncio.wait([task], timeout=END_EVERY_S)
+    if not task.cancelled():
+        task.exception()  # else asyncio complains that nobody asked
 
 
 @contextmanager
