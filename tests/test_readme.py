@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings
 
 from app.settings import GatewaySettings
 from app.stack import StackSettings
+from app.webhooks import WebhookSettings
 from worker.contract.settings import ContractSettings
 from worker.settings import WorkerSettings
 
@@ -17,10 +18,11 @@ README = Path(__file__).parent.parent / "README.md"
 TABLE = re.compile(r"(?<=<!-- settings -->\n).*?(?=<!-- /settings -->)", re.DOTALL)
 
 READERS: tuple[tuple[str, type[BaseSettings], type[BaseSettings] | None], ...] = (
-    ("both", ContractSettings, None),
+    ("all", ContractSettings, None),
     ("gateway", GatewaySettings, ContractSettings),
     ("worker", WorkerSettings, ContractSettings),
     ("`up`", StackSettings, GatewaySettings),
+    ("webhooks", WebhookSettings, GatewaySettings),
 )
 COMPUTED = {"models": "those in `model/bundles/`", "worker_name": "host name, process id, chance"}
 
