@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import time
 import uuid
@@ -57,6 +58,14 @@ class Compose:
             override = self._folder / "override.yml"
             override.write_text(yaml.safe_dump({"services": changes}))
             self._command += ["-f", str(override)]
+
+    def shim(self, folder: Path) -> dict[str, str]:
+        """An environment whose `docker compose` is this project."""
+        folder.mkdir()
+        program = folder / "docker"
+        program.write_text(f'#!/bin/sh\nshift\nexec {shlex.join(self._command)} "$@"\n')
+        program.chmod(0o755)
+        return self._env | {"PATH": f"{folder}:{self._env['PATH']}"}
 
     def __call__(self, *words: str, timeout_s: float = 300) -> str:
         return run(*self._command, *words, timeout_s=timeout_s, env=self._env)

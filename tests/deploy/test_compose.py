@@ -31,6 +31,9 @@ KEY = re.compile(r"dr_[0-9a-f]{12}_[A-Za-z0-9_-]{43}")
 STARTED_S, LOADED_S, DONE_S = 90, 300, 900
 OUTAGE_S = 10
 
+PRODUCTION = re.findall(r"^```shell\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[0]
+"""The page's commands, run word for word: but for the first, which starts what the test has started."""
+
 StartStack = Callable[..., "Stack"]
 
 
@@ -162,6 +165,19 @@ def test_compose_starts_all_services_without_root_writable_roots_or_visible_secr
     password = compose.execute("gateway", "cat", "/var/lib/darkroom/credentials/redis-password")
     assert len(password) == 48
     assert password not in json.dumps([compose.engine.inspect(compose.container(name)) for name in compose.started()])
+
+
+def test_page_on_production_leads_from_a_clone_to_a_picture(start_stack: StartStack, tmp_path: Path) -> None:
+    start, _, rest = PRODUCTION.partition("\n")
+    assert start.startswith("docker compose up --build --wait ")
+    stack = start_stack()
+    stack.wait_for_model()
+    script = rest.replace("http://127.0.0.1:8000", stack.url)
+    env = stack.compose.shim(tmp_path / "bin")
+    told = run("bash", "-euo", "pipefail", "-c", script, cwd=tmp_path, env=env, timeout_s=300)
+    assert "demo" in told  # of which the doctor says that it draws
+    (image,) = json.loads((tmp_path / "generation.json").read_text())["images"]
+    assert size_of(image["url"]) == (512, 512)
 
 
 def test_first_key_is_printed_once_however_often_compose_starts(start_stack: StartStack) -> None:
