@@ -59,7 +59,7 @@ RUN stdlib="$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
     && rm -rf "$stdlib"/ensurepip "$stdlib"/idlelib "$stdlib"/lib2to3 "$stdlib"/pydoc_data "$stdlib"/test \
         "$stdlib"/tkinter "$stdlib"/turtledemo "$stdlib"/site-packages/* /usr/lib/python3/dist-packages/* \
         /usr/local/bin/pip* /usr/local/bin/idle* /usr/local/bin/2to3* /usr/bin/pip* \
-        /usr/share/python-wheels /usr/share/doc /usr/share/info /usr/share/man \
+        /usr/share/python-wheels /usr/share/doc /usr/share/info /usr/share/locale /usr/share/man \
         /var/cache/apt /var/lib/apt/lists /var/log /root/.cache /tmp/* \
     && mkdir -p /var/log
 
