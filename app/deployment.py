@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from app.client import Unreachable
 from app.finding import Finding
@@ -88,10 +89,10 @@ def examine_deployment(visit: Visit, resolve: Resolve | None = None) -> Generato
 def _check_service(server: Remote, visit: Visit) -> Generator[Finding, None, None]:
     yield from check_version(server)
     yield from check_readiness(server)
-    yield from check_metrics(server)
+    waits_s = yield from check_metrics(server)
     access = yield from check_access(server, has_key=visit.key is not None)
     if access:
-        yield from check_models(server, access, visit)
+        yield from check_models(server, access, visit, waits_s)
 
 
 def check_transport(url: str, resolve: Resolve) -> Iterator[Finding]:
@@ -158,19 +159,20 @@ def check_readiness(server: Remote) -> Iterator[Finding]:
         yield Finding("gateway is ready", "wrong", "it is shutting down", "try again once another has taken its place")
 
 
-def check_metrics(server: Remote) -> Iterator[Finding]:
-    """Whether Prometheus sees the gateway from here, and what it is told."""
+def check_metrics(server: Remote) -> Generator[Finding, None, dict[str, float]]:
+    """Whether Prometheus sees the gateway from here, and what it is told; for how long jobs wait, by model."""
     answer = server.ask("GET", "/metrics", keyed=False)
     try:
-        values = _values(answer.text) if answer.is_success else {}
+        samples = _samples(answer.text) if answer.is_success else []
     except ValueError:
-        values = {}
+        samples = []
+    values = {sample.name: sample.value for sample in samples}
     if "darkroom_queue_up" not in values:
         found = f"GET /metrics answered {answer.status_code} without any of Darkroom"
         yield Finding(
             "metrics", "warning", found, "fine if it is kept from the outside; Prometheus must reach it inside"
         )
-        return
+        return {}
     down = [part for part in ("queue", "store") if values.get(f"darkroom_{part}_up", 1.0) != 1.0]
     if down:
         found = f"{' and '.join(down)} not up"
@@ -178,6 +180,7 @@ def check_metrics(server: Remote) -> Iterator[Finding]:
     else:
         told = " and ".join(part for part in ("queue", "store") if f"darkroom_{part}_up" in values)
         yield Finding("metrics", "ok", f"{told} up")
+    return _longest_waits(samples)
 
 
 def check_access(server: Remote, *, has_key: bool) -> Generator[Finding, None, Access | None]:
@@ -221,7 +224,7 @@ def check_rate(answer: httpx.Response) -> Finding:
     return Finding("rate limit", "warning" if few else "ok", found, mend)
 
 
-def check_models(server: Remote, access: Access, visit: Visit) -> Iterator[Finding]:
+def check_models(server: Remote, access: Access, visit: Visit, waits_s: Mapping[str, float]) -> Iterator[Finding]:
     """Each model: a live worker, and a tiny picture. One that was named is also tried while no worker has it."""
     known = {str(model["name"]): model for model in access.models}
     if not known:
@@ -234,12 +237,24 @@ def check_models(server: Remote, access: Access, visit: Visit) -> Iterator[Findi
             continue
         workers = int(model["workers"])
         if not workers and name not in visit.models:
-            mend = f"start a worker that has it; where workers start on demand: --model {name} waits for one"
-            yield Finding(what, "wrong", "no live worker", mend)
+            yield _unserved(name, waits_s.get(name, 0.0), visit.patience_s)
             continue
         yield Finding(what, "ok" if workers else "warning", f"{workers} live {'worker' if workers == 1 else 'workers'}")
         if access.may_generate:
             yield from Trial(server, model, visit.patience_s).findings()
+
+
+def _unserved(name: str, waits_s: float, patience_s: int) -> Finding:
+    """No worker: as it should be where workers start on demand, unless there is demand and none starts."""
+    what = f"model {name}"
+    if waits_s > patience_s:
+        found = f"no live worker, and a job has waited for {waits_s:.0f} s"
+        return Finding(what, "wrong", found, "start a worker that has it, or find out why none starts")
+    mend = (
+        f"fine where workers start on demand: --model {name} waits for one; "
+        f"if nothing is to serve it any more: darkroom queue forget {name}"
+    )
+    return Finding(what, "warning", "no live worker", mend)
 
 
 def _scopes(server: Remote) -> list[str]:
@@ -261,13 +276,19 @@ def _unreachable(url: str, why: str) -> Finding:
     return Finding("gateway", "wrong", f"nothing answers at {url} ({why})", "is it running, and reachable from here?")
 
 
-def _values(text: str) -> dict[str, float]:
-    """The smallest value of each metric."""
-    values: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            values[sample.name] = min(sample.value, values.get(sample.name, sample.value))
-    return values
+def _samples(text: str) -> list[Sample]:
+    """All that is told to Prometheus. ValueError."""
+    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+
+def _longest_waits(samples: Iterable[Sample]) -> dict[str, float]:
+    """Seconds that the job waits which has waited longest, by model."""
+    found: dict[str, float] = {}
+    for sample in samples:
+        if sample.name == "darkroom_queue_oldest_age_seconds":
+            model = sample.labels.get("model", "")
+            found[model] = max(sample.value, found.get(model, 0.0))
+    return found
 
 
 def _models(answer: httpx.Response) -> list[dict[str, Any]]:

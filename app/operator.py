@@ -133,6 +133,20 @@ def purge(
     say(f"{purged} {what} job(s) {'forgotten' if failed else 'canceled'}")
 
 
+@queue_commands.command()
+def forget(models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Names of models.")]) -> None:
+    """Forget models that nobody serves any more. Refused while a worker holds one, or jobs of it wait or run."""
+    refused = False
+    with _operating("forget") as operations:
+        for model in dict.fromkeys(models):
+            if why := operations.forget(model):
+                refused = True
+                typer.echo(f"{model} stays known: {why}", err=True)
+            else:
+                say(f"forgotten: {model}")
+    raise typer.Exit(1 if refused else 0)
+
+
 class StillBusy(Exception):
     """The time to wait is up, and jobs are left; the message says how many of which model."""
 

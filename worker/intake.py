@@ -70,7 +70,7 @@ class Intake:
         self._redis.close()
 
     def publish(self, cards: Iterable[ModelCard]) -> None:
-        """Makes models known to the gateways, for good."""
+        """Makes models known to the gateways, until an operator forgets them."""
         mapping = {card.name: card.to_json() for card in cards}
         if mapping:
             with reaching_redis():

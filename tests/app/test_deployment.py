@@ -33,6 +33,7 @@ from tests.app.dialects.painter import Painter, picture_of
 from tests.app.fake_worker import NAMES, FakeWorker
 from tests.bucket import S3Server
 from tests.conftest import Valkey
+from tests.processes import wait_until
 from worker.contract.job import Failure
 
 
@@ -148,15 +149,34 @@ def test_scopes_are_found_without_making_anything(with_keys: GatewaySettings) ->
     assert findings["rate limit"].found == "none for this key"
 
 
-def test_a_model_without_a_worker_is_told_and_not_tried(settings: GatewaySettings) -> None:
+def test_a_model_without_a_worker_is_noted_and_not_tried_and_the_deployment_is_well(settings: GatewaySettings) -> None:
     with FakeWorker(settings):
         pass  # its cards stay
     with Quick(settings) as live:
         findings = look(live.url, models=())
         jobs = live.jobs()
-    assert states(findings, *(f"model {name}" for name in NAMES)) == {f"model {name}": "wrong" for name in NAMES}
+        result = CliRunner().invoke(cli, ["doctor", "--deployment", live.url])
+    assert states(findings, *(f"model {name}" for name in NAMES)) == {f"model {name}": "warning" for name in NAMES}
     assert "--model tiny waits for one" in findings["model tiny"].mend
+    assert "darkroom queue forget tiny" in findings["model tiny"].mend
     assert jobs == []
+    assert result.exit_code == 0, result.stdout
+
+
+def test_a_model_for_which_a_job_waits_longer_than_patience_is_wrong_without_a_worker(
+    settings: GatewaySettings,
+) -> None:
+    with FakeWorker(settings):
+        pass
+    with Quick(settings) as live:
+        asked = {"model": "tiny", "prompt": "a red circle"}
+        httpx.post(f"{live.url}/v1/generations", json=asked, trust_env=False).raise_for_status()
+        soon = look(live.url, models=(), patience_s=60)
+        wait_until(lambda: look(live.url, models=(), patience_s=0)["model tiny"].state == "wrong")
+        late = look(live.url, models=(), patience_s=0)
+    assert soon["model tiny"].state == "warning"
+    assert late["model tiny"].found.startswith("no live worker, and a job has waited for ")
+    assert late["model sd3.5-large"].state == "warning"
 
 
 def test_a_model_that_was_named_is_waited_for_and_its_job_taken_back(settings: GatewaySettings) -> None:

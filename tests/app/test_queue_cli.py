@@ -393,3 +393,15 @@ def test_worker_passes_its_gpus_on() -> None:
     result = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2
     assert "DARKROOM_GPUS is 'nonsense'" in result.stderr
+
+
+# forget
+
+
+def test_forget_takes_models_out_that_nobody_uses_and_says_why_it_leaves_others(deployment: Deployment) -> None:
+    deployment.fail(make_job(model="old"))
+    deployment.submit(make_job(model="busy"))
+    result = deployment.queue("forget", "old", "busy")
+    assert (result.exit_code, result.stdout) == (1, "forgotten: old\n")
+    assert result.stderr == "busy stays known: 1 job of it waits or runs\n"
+    assert deployment.queue("forget", "old").stderr.startswith("error: model is 'old'; known models: busy")

@@ -17,7 +17,7 @@ from rq.defaults import RQ_KEY_PREFIX
 from worker.contract.errors import SchemaUnknown, UnknownModel
 from worker.contract.job import PRIORITIES, Priority, queue_name
 from worker.contract.link import link_options, reaching_redis
-from worker.contract.queue import JOB_ID, LATE_AT_MOST
+from worker.contract.queue import JOB_ID, LATE_AT_MOST, WORKER_SEEN_S
 from worker.contract.record import RecordWriter, read_job, read_time
 from worker.contract.settings import ContractSettings
 from worker.contract.transitions import script
@@ -112,7 +112,7 @@ class Operations:
         self._bound = settings.queue_bound
         self._lifetime_s = settings.record_lifetime_s
         self._records = RecordWriter(settings.record_lifetime_s)
-        names = ("status", "retry", "purge", "reap")
+        names = ("status", "retry", "purge", "reap", "forget_model")
         self._scripts: dict[str, Script] = {name: redis.register_script(script(name)) for name in names}
 
     @classmethod
@@ -231,6 +231,12 @@ class Operations:
         """Ends waiting jobs as canceled, or forgets failed ones; how many of them still were so."""
         return sum(int(self._run("purge", state, *chunk)) for chunk in _chunks(job_ids))
 
+    def forget(self, model: str) -> str | None:
+        """Forgets a model until a worker offers it again; why not, in words, while it is in use. UnknownModel."""
+        self._require([model])
+        workers, jobs = self._run("forget_model", model, WORKER_SEEN_S)
+        return _in_use(int(workers), int(jobs))
+
     def _require(self, models: Sequence[str]) -> None:
         known = self.models()
         for model in models:
@@ -251,6 +257,12 @@ class Operations:
     def _run(self, transition: str, *args: str | bytes | float) -> Any:
         with reaching_redis():
             return self._scripts[transition](args=args)
+
+
+def _in_use(workers: int, jobs: int) -> str | None:
+    held = "1 worker holds it" if workers == 1 else f"{workers} workers hold it" if workers else ""
+    open_ = "1 job of it waits or runs" if jobs == 1 else f"{jobs} jobs of it wait or run" if jobs else ""
+    return " and ".join(filter(None, (held, open_))) or None
 
 
 def _chunks(job_ids: Sequence[str]) -> Iterator[Sequence[str]]:

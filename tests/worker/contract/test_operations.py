@@ -515,3 +515,48 @@ def test_every_key_of_ours_is_documented(client):
     used = set(re.findall(r"['\"](darkroom:[a-z_]+:?)", "\n".join(source.read_text() for source in sources)))
     listed = set(re.findall(r"^(darkroom:[a-z_]+:?)", transitions.__doc__, re.MULTILINE))
     assert used == listed
+
+
+# forget
+
+
+def test_forgotten_model_is_known_to_nobody_until_a_worker_offers_it_again(operations, intake, client):
+    intake.publish([card("demo"), card("other")])
+    intake.renew(["demo"], {"demo": 10.0})
+    operations.pause(["demo"])
+    operations.drain(["demo"])
+    intake.retire()
+    assert operations.forget("demo") is None
+    assert operations.models() == ["other"]
+    assert client.hkeys("darkroom:speed") == []
+    assert client.exists("darkroom:paused", "darkroom:draining") == 0
+    intake.publish([card("demo")])
+    assert operations.models() == ["demo", "other"]
+
+
+async def test_model_that_is_held_or_waited_for_is_not_forgotten(operations, queue, intake, make_job):
+    intake.publish([card("demo")])
+    intake.renew(["demo"])
+    await submit(queue, make_job(), make_job(priority="low"))
+    (claim,) = intake.claim(["demo"], 1)
+    assert operations.forget("demo") == "1 worker holds it and 2 jobs of it wait or run"
+    (other,) = intake.claim(["demo"], 1)
+    assert intake.commit(other, "succeeded", Result())
+    intake.renew([])
+    assert operations.forget("demo") == "1 job of it waits or runs"
+    assert intake.commit(claim, "succeeded", Result())
+    assert operations.forget("demo") is None
+    assert operations.models() == []
+
+
+async def test_failed_job_of_a_forgotten_model_can_be_retried(operations, queue, intake, make_job):
+    job = make_job()
+    await fail(queue, intake, job)
+    assert operations.forget("demo") is None
+    assert operations.retry(job.id).position == 0
+    assert operations.models() == ["demo"]
+
+
+def test_model_that_is_not_known_cannot_be_forgotten(operations):
+    with pytest.raises(UnknownModel):
+        operations.forget("nothing")

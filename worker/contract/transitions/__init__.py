@@ -3,15 +3,15 @@
 submit -> claim -> commit, and cancel and progress beside them. A worker holds what it claimed under a lease: renew,
 hand_back, retire; reap and bury take it from a worker that is gone. Either side runs them. view, page, load and survey
 read; forget leaves nothing, expire tells whose pictures may go; send and sent are for whoever calls webhooks. An
-operator's are retry, purge and status. A job ends once in each of its lives: each has one terminal event, and only
+operator's are retry, purge, forget_model and status. A job ends once in each of its lives: each has one terminal event, and only
 retry begins another.
 
 What Redis holds beside RQ's own keys (`rq:job:<id>`, `rq:queue:<queue>`, `rq:<registry>:<queue>`, ...):
 
-darkroom:cards              hash    model -> its card as JSON, for good
+darkroom:cards              hash    model -> its card as JSON, until an operator forgets it
 darkroom:workers            zset    JSON of [model, worker] -> when the worker was last heard of
 darkroom:speeds:<worker>    hash    model -> megapixel-steps a second
-darkroom:speed              hash    model -> the same, as a worker last measured it, for good
+darkroom:speed              hash    model -> the same, as a worker last measured it, as long as its card
 darkroom:leases             zset    worker -> the end of its lease
 darkroom:held:<worker>      set     'id:execution' of all that it holds
 
