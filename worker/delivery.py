@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
@@ -29,6 +29,9 @@ log = structlog.get_logger()
 
 RETRY_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 """Pauses between tries; the last again and again."""
+
+CLOSE_S = 4.0
+"""How long a worker that leaves waits for its last pictures: less than a lease, which nobody renews meanwhile."""
 
 BLURRED = "picture {} was blurred: this server's safety filter takes it for unsafe"
 
@@ -59,6 +62,7 @@ class Delivery:
         self._safety, self._tracing = safety, tracing
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pictures")
         self._notices = ThreadPoolExecutor(max_workers=1, thread_name_prefix="notices")  # nothing to store: no waiting
+        self._sent: set[Future[None]] = set()  # what is not over
         self._unstored: dict[str, Claim] = {}  # by its key
         self._storing: dict[str, float] = {}  # since when a picture of a claim is on its way, by the claim's key
         self._closing = threading.Event()
@@ -67,9 +71,10 @@ class Delivery:
         """Take over a task that is over; from any thread."""
         if task.outcome == "succeeded":
             self._unstored[claim.key] = claim
-            self._pool.submit(self._deliver, claim, task)
-        else:
-            self._notices.submit(self._deliver, claim, task)
+        pool = self._pool if task.outcome == "succeeded" else self._notices
+        sent = pool.submit(self._deliver, claim, task)
+        self._sent.add(sent)
+        sent.add_done_callback(self._sent.discard)
 
     def waited_s(self, now: float) -> float:
         """How long the picture that is at it longest has been on its way to the store. `now`: monotonic seconds."""
@@ -84,11 +89,16 @@ class Delivery:
         for claim in claims:
             self._unstored.pop(claim.key, None)
 
-    def close(self) -> None:
-        """Returns when all that was sent is delivered, or was tried once more: Redis or the store may be away long."""
+    def close(self, within_s: float = CLOSE_S) -> bool:
+        """Whether all that was sent is delivered in that time, or was tried once more: Redis or the store may be away.
+
+        A store that takes a connection and says nothing is left to itself; what waits behind that is not begun.
+        """
         self._closing.set()
-        self._pool.shutdown()
-        self._notices.shutdown()
+        late = wait(list(self._sent), within_s).not_done
+        for pool in (self._pool, self._notices):
+            pool.shutdown(wait=not late, cancel_futures=True)
+        return not late
 
     def _deliver(self, claim: Claim, task: Task) -> None:
         outcome, since = "lost", time.time_ns()

@@ -128,7 +128,7 @@ class Worker:
         self.intake.wake()
 
     def serve(self) -> bool:
-        """Serve until stopped. Redis may come and go meanwhile. False: the GPU was left at work, so end at once."""
+        """Serve until stopped. Redis may come and go meanwhile. False: threads are still at work, so end at once."""
         gpu = threading.Thread(target=self.engine.run, name="gpu", daemon=True)
         gpu.start()
         self._publish()
@@ -242,7 +242,7 @@ class Worker:
         self.delivery.drop(claims)
         for task in [task for task, claim in list(self._running.items()) if claim in claims]:
             log.warning("the picture store is away; handed back a finished job", job=task.job.id)
-            self._running.pop(task, None)
+            self._drop(task)
 
     def _publish(self) -> None:
         """Say that the models are ready; insist, since nothing works before that."""
@@ -258,7 +258,7 @@ class Worker:
         self.intake.publish(model.card for model in self.models.values())
 
     def _leave(self, gpu: threading.Thread) -> bool:
-        """Finish what can be finished in time, hand the rest back, and go; whether the GPU is done as well."""
+        """Finish what can be finished in time, hand the rest back, and go; whether all threads are done as well."""
         self._report()
         end = time.monotonic() + self.settings.grace_s
         self._hand_back(self._too_long(self.settings.grace_s))
@@ -270,13 +270,14 @@ class Worker:
         gpu.join(LAST_BATCH_S)
         if self._waits_for_store():
             self._try(self._hand_back_unstored)
-        self.delivery.close()
+        self._try(self._renew)  # for as long as the last pictures may take
+        delivered = self.delivery.close()
         try:
             self.intake.retire()
         except QueueUnavailable as error:
             log.warning("redis is away; this worker will be missed by its lease", cause=str(error.__cause__))
         self.intake.close()
-        return not gpu.is_alive()
+        return delivered and not gpu.is_alive()
 
     def _too_long(self, seconds: float) -> list[Task]:
         """The tasks that will not all be done in that time: the longest."""
@@ -296,7 +297,7 @@ class Worker:
         self.engine.withdraw([claim.job.id for claim in claims.values()])
         for task, claim in claims.items():
             log.info("handed back", job=claim.job.id)
-            self._running.pop(task, None)
+            self._drop(task)
 
     def _ended(self, task: Task) -> None:
         """Called on the GPU thread when a task is over: the rest happens off it."""
@@ -304,8 +305,12 @@ class Worker:
             self.delivery.send(claim, task)
 
     def _let_go(self, task: Task) -> None:
-        self._running.pop(task, None)
+        self._drop(task)
         self.intake.wake()
+
+    def _drop(self, task: Task) -> None:
+        if self._running.pop(task, None):  # else it was handed back before
+            self.metrics.let_go()
 
 
 def load_models(settings: WorkerSettings, metrics: WorkerMetrics) -> dict[str, Model]:
@@ -344,14 +349,14 @@ def serve() -> int:
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, on_signal)
-    gpu_is_done = False
+    is_done = False
     try:
-        gpu_is_done = worker.serve()
+        is_done = worker.serve()
     finally:
         if traces:
             traces.close()
-    if not gpu_is_done:
-        log.warning("left before the GPU was done: nobody waits for what it does")
+    if not is_done:
+        log.warning("left before the GPU or the picture store was done: nobody waits for what it does")
         os._exit(0)  # the usual end would wait for it
     return 0
 

@@ -109,6 +109,9 @@ class WorkerMetrics:
         """A job is over: succeeded, failed, canceled, or lost (another holds it now)."""
         self._jobs.labels(job.model, outcome).inc()
         self._run.labels(job.model).observe(run_s)
+
+    def let_go(self) -> None:
+        """A job that was claimed is not held any more: it is over, or was handed back."""
         self._running.dec()
 
     def stage(self, job: Job, stage: str, seconds: float) -> None:

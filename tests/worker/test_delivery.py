@@ -40,6 +40,15 @@ class Away(FolderStore):
         super().put(key, data)
 
 
+class Silent(Away):
+    """A store that takes what it is sent, and says nothing until it is back."""
+
+    def put(self, key: str, data: bytes) -> None:
+        self.knocks += 1
+        self.back.wait(60)
+        FolderStore.put(self, key, data)
+
+
 class Site:
     """One worker's delivery, and the queue that it takes from."""
 
@@ -138,6 +147,34 @@ async def test_closing_while_the_store_is_away_fails_nothing_and_retiring_gives_
     site.intake.retire()
     view = await site.view(job)
     assert (view.status, view.result) == ("queued", None)
+
+
+async def test_closing_leaves_a_silent_store_to_itself_and_begins_nothing_more(
+    queue: JobQueue, intake: Intake, tmp_path: Path
+) -> None:
+    site = Site(queue, intake, Silent(tmp_path / "pictures"))
+    jobs = [make_job(seed=n) for n in range(4)]
+    for job in jobs:
+        await site.send(job)
+    wait_until(lambda: site.store.knocks == 2)  # one a thread
+    try:
+        assert not site.delivery.close(0.1)
+        site.intake.retire()
+        assert [(await site.view(job)).status for job in jobs] == ["queued"] * 4
+    finally:
+        site.store.back.set()
+    wait_until(lambda: len(site.done) == 2)
+    assert site.store.knocks == 2
+    wait_until(lambda: pictures(tmp_path / "pictures") == [])
+
+
+async def test_closing_waits_for_a_picture_that_is_on_its_way(queue: JobQueue, intake: Intake, tmp_path: Path) -> None:
+    site, job = Site(queue, intake, Silent(tmp_path / "pictures")), make_job()
+    await site.send(job)
+    wait_until(lambda: site.store.knocks == 1)
+    threading.Timer(0.2, site.store.back.set).start()
+    assert site.delivery.close(30)
+    assert (await site.view(job)).status == "succeeded"
 
 
 async def test_job_canceled_while_it_is_held_ends_at_once_and_leaves_no_picture(site: Site, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.bucket import SECRET, S3Server
 from tests.processes import wait_until
 from tests.worker.fake_pipeline import FakePipeline
 from tests.worker.jobs import make_job
-from tests.worker.test_delivery import Away
+from tests.worker.test_delivery import Away, Silent
 from tests.worker.test_worker_process import Process
 from worker.contract.queue import JobQueue
 from worker.intake import Intake
@@ -33,12 +34,13 @@ START_S = 150.0
 class Hand:
     """A worker in a thread of ours, over a pipeline without arithmetic and a store that is away. A context manager."""
 
-    def __init__(self, name: str, intake: Intake, folder: Path, **settings: Any) -> None:
-        self.folder, self.store, self.metrics = folder, Away(folder), WorkerMetrics()
+    def __init__(self, name: str, intake: Intake, folder: Path, store: type[Away] = Away, **settings: Any) -> None:
+        self.folder, self.store, self.metrics = folder, store(folder), WorkerMetrics()
         model = Model(TINY, FakePipeline(), 0.0, "fp", {})  # type: ignore[arg-type]
         asked = WorkerSettings(worker_name=name, **{"store_patience_s": 1.0, **settings})
         self._worker = Worker(asked, {"tiny": model}, intake, self.store, self.metrics)
-        self._thread = threading.Thread(target=self._worker.serve, name=name)
+        self.is_done: bool | None = None  # what `serve` gave
+        self._thread = threading.Thread(target=self._serve, name=name)
 
     def __enter__(self) -> Hand:
         self._thread.start()
@@ -52,11 +54,17 @@ class Hand:
         self._worker.stop()
         self._thread.join()
 
+    def _serve(self) -> None:
+        self.is_done = self._worker.serve()
+
     def pictures(self) -> list[Path]:
         return [path for path in self.folder.rglob("*") if path.is_file()]
 
     def claimed(self) -> float:
         return self.metrics.registry.get_sample_value("darkroom_request_queue_seconds_count", {"model": "tiny"}) or 0
+
+    def running(self) -> float | None:
+        return self.metrics.registry.get_sample_value("darkroom_requests_running")
 
 
 @pytest.fixture
@@ -117,6 +125,41 @@ async def test_worker_told_to_stop_gives_back_what_its_store_does_not_take(
     hand.stop()
     view = await queue.view(job.id)
     assert (view.status, view.result) == ("queued", None)
+
+
+async def test_worker_told_to_stop_does_not_wait_for_a_store_that_says_nothing(
+    queue: JobQueue, hire: Callable[..., Hand]
+) -> None:
+    jobs = [make_job(seed=n) for n in range(4)]
+    for job in jobs:
+        await queue.submit(job)
+    hand = hire("one", store=Silent, store_patience_s=60.0, grace_s=0)
+    wait_until(lambda: hand.claimed() == 4 and hand.store.knocks == 2)
+    began = time.monotonic()
+    hand.stop()
+    try:
+        assert time.monotonic() - began < 20  # each of the four would be silent for a minute
+        assert hand.is_done is False
+        assert {(await queue.view(job.id)).status for job in jobs} == {"queued"}
+    finally:
+        hand.store.back.set()
+
+
+async def test_job_that_was_handed_back_is_not_counted_as_running_though_its_picture_still_knocks(
+    queue: JobQueue, hire: Callable[..., Hand]
+) -> None:
+    job = make_job()
+    await queue.submit(job)
+    hand = hire("one")
+    wait_until(lambda: hand.running() == 1)
+    wait_until(lambda: hand.running() == 0)
+    assert (await queue.view(job.id)).status == "queued"
+    assert not hand.store.back.is_set()
+    hand.store.back.set()
+    assert (await queue.wait(job.id, 20)).status == "succeeded"
+    wait_until(lambda: hand.running() == 0)
+    hand.stop()
+    assert hand.running() == 0
 
 
 @pytest.fixture
