@@ -33,10 +33,12 @@ class Engine:
 
     @classmethod
     def find(cls) -> Engine:
-        for name in filter(None, (os.environ.get("DARKROOM_ENGINE"), "docker", "podman")):
+        asked = os.environ.get("DARKROOM_ENGINE")
+        names = [asked] if asked else ["docker", "podman"]
+        for name in names:
             if shutil.which(name) and subprocess.run([name, "info"], capture_output=True, check=False).returncode == 0:
                 return cls(name, tuple(shlex.split(os.environ.get("DARKROOM_BUILD_OPTIONS", ""))))
-        pytest.fail("neither docker nor podman answers on this machine")
+        pytest.fail(f"no container engine answers on this machine; asked: {', '.join(names)}")
 
     def __call__(self, *argv: object, timeout_s: float = 120) -> str:
         return run(self.name, *argv, timeout_s=timeout_s)

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from tests.deploy.chart.kubetools import ROOT, helm, run
+from tests.deploy.tools import ROOT, helm, run
 
 CHART = ROOT / "deploy" / "chart" / "darkroom"
 VALUES = ROOT / "deploy" / "chart" / "values"

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.chart.kubetools import ROOT, checkov, helm, run
 from tests.deploy.chart.manifests import CHART, EXAMPLES, VALUES, Manifest, refusal, render, set_values
+from tests.deploy.tools import ROOT, checkov, helm, run
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(700)]
 

@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from app.metrics import Metrics
-from tests.deploy.chart.kubetools import ROOT, run
 from tests.deploy.chart.manifests import (
     VALUES,
     Manifest,
@@ -22,6 +21,8 @@ from tests.deploy.chart.manifests import (
     set_values,
     templates,
 )
+from tests.deploy.prometheus import promtool
+from tests.deploy.tools import ROOT
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(700)]
 
@@ -125,7 +126,7 @@ def test_queries_mean_what_they_say(
         "tests": [{"interval": "1m", "input_series": seen, "promql_expr_test": expected}],
     }
     (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
-    run("promtool", "test", "rules", "test.yml", cwd=tmp_path)
+    promtool("test", "rules", tmp_path / "test.yml")
 
 
 def test_models_of_sets_that_start_from_zero_are_announced_by_a_job(fleet: list[Manifest]) -> None:

