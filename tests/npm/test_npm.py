@@ -21,7 +21,7 @@ from tests.conftest import Valkey
 
 pytestmark = [
     pytest.mark.npm,
-    pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed"),
+    pytest.mark.skipif(shutil.which("npm") is None, reason="no npm: apt install npm"),
     pytest.mark.timeout(300),
 ]
 

