@@ -2,8 +2,8 @@
 
 DARKROOM_ENGINE names the engine (docker or podman; unset: the first one that answers). DARKROOM_BUILD_OPTIONS are
 further options of its build command, for machines that reach packages in a way of their own. DARKROOM_COMPOSE is the
-command for compose (unset: `docker compose` or `podman-compose`, as the engine is). DARKROOM_STAND_INS=yes builds images
-of our own in place of those of Redis, rclone and Prometheus, where no registry can be reached.
+command for compose (unset: `docker compose` or `podman-compose`, as the engine is). DARKROOM_STAND_INS=yes builds
+images of our own in place of those of Redis, rclone and Prometheus, where no registry can be reached.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def stand_ins(engine: Engine) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def compose_command(engine: Engine) -> list[str]:
     usual = {"docker": "docker compose", "podman": "podman-compose"}[engine.name]
-    return os.environ.get("DARKROOM_COMPOSE", usual).split()
+    return (os.environ.get("DARKROOM_COMPOSE") or usual).split()
 
 
 class Figures:

@@ -173,6 +173,13 @@ def test_settings_of_all_reach_every_process_and_change_its_pods(tmp_path: Path)
     assert announced(before) != announced(after)
 
 
+def test_a_collector_of_traces_is_named_to_every_process_at_once(tmp_path: Path) -> None:
+    own = {"settings": {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector.tracing:4318"}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    (config,) = of_kind(render("-f", VALUES / "demo.yaml", "-f", tmp_path / "own.yaml"), "ConfigMap")
+    assert config["data"] == own["settings"]
+
+
 def test_new_labels_of_a_new_chart_restart_nothing(manifests: list[Manifest]) -> None:
     for template in templates(manifests).values():
         assert not {"helm.sh/chart", "app.kubernetes.io/version"} & set(template["metadata"]["labels"])
@@ -204,8 +211,8 @@ def test_grace_follows_from_the_longest_job() -> None:
     assert template["spec"]["terminationGracePeriodSeconds"] == 1045
 
 
-def test_liveness_asks_whether_it_lives_and_readiness_whether_it_can_work(manifests: list[Manifest]) -> None:
-    asked = {"gateway": ("/healthz", "/healthz", "/readyz"), "worker": ("/readyz", "/healthz", "/readyz")}
+def test_probes_ask_what_they_mean_and_redis_or_the_store_take_no_gateway_out(manifests: list[Manifest]) -> None:
+    asked = {"gateway": ("/readyz", "/healthz", "/healthz"), "worker": ("/readyz", "/healthz", "/readyz")}
     for template in templates(manifests).values():
         if paths := asked.get(component(template)):
             (container,) = template["spec"]["containers"]

@@ -21,7 +21,7 @@ from tests.deploy.chart.manifests import (
     set_values,
     templates,
 )
-from tests.deploy.prometheus import promtool
+from tests.deploy.prometheus import CONFIG, alert_rules, promtool, read_yaml
 from tests.deploy.tools import ROOT
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(700)]
@@ -163,6 +163,23 @@ def test_announcement_runs_again_when_what_it_says_changes_and_only_then() -> No
 def test_alerts_are_those_of_the_repository(fleet: list[Manifest]) -> None:
     (rule,) = of_kind(fleet, "PrometheusRule")
     assert rule["spec"] == yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yml").read_text())
+
+
+def test_alerts_link_to_the_runbook_where_people_read_it() -> None:
+    values = set_values(monitoring__enabled="true", monitoring__runbookUrl="https://wiki.example.com/darkroom")
+    (rule,) = of_kind(render("-f", VALUES / "demo.yaml", *values), "PrometheusRule")
+    rules = [one for group in rule["spec"]["groups"] for one in group["rules"]]
+    assert {one["alert"]: one["annotations"]["runbook_url"] for one in rules} == {
+        name: f"https://wiki.example.com/darkroom#{name.lower()}" for name in alert_rules()
+    }
+
+
+def test_alerts_find_their_targets_whatever_the_release_is_called() -> None:
+    values = set_values(monitoring__enabled="true", fullnameOverride="pictures")
+    monitors = of_kind(render("-f", VALUES / "demo.yaml", *values), "ServiceMonitor", "PodMonitor")
+    endpoints = [one for m in monitors for one in m["spec"].get("endpoints") or m["spec"]["podMetricsEndpoints"]]
+    jobs = {relabeled["replacement"] for one in endpoints for relabeled in one["relabelings"]}
+    assert jobs == {job["job_name"] for job in read_yaml(CONFIG)["scrape_configs"]}
 
 
 def test_dashboards_are_those_of_the_repository(fleet: list[Manifest]) -> None:
