@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
+from app.settings import GatewaySettings
+from app.webhooks import WebhookSettings
 from tests.deploy.engine import ROOT
 from worker.contract.cards import Limits
+from worker.settings import WorkerSettings
 
 MAIN, S3, GPU = "docker-compose.yml", "deploy/compose.s3.yml", "deploy/compose.gpu.yml"
 DEFAULT = re.compile(r"\$\{[A-Z0-9_]+:-([^}]*)\}")
@@ -69,6 +72,27 @@ def test_no_secret_is_in_the_environment_of_a_service() -> None:
         for variable in service.get("environment") or {}:
             secret = re.search("PASSWORD|SECRET|ACCESS_KEY|REDIS_URL", variable)
             assert not secret or variable.endswith("_FILE"), f"{name}: {variable}"
+
+
+def test_variables_of_ours_are_settings_of_their_service() -> None:
+    of = {
+        "gateway": GatewaySettings,
+        "webhooks": WebhookSettings,
+        "worker": WorkerSettings,
+        "first-key": GatewaySettings,
+    }
+    for name, settings in of.items():
+        for variable in services(MAIN)[name]["environment"]:
+            field = variable.removeprefix("DARKROOM_").removesuffix("_FILE").lower()
+            assert not variable.startswith("DARKROOM_") or field in settings.model_fields, f"{name}: {variable}"
+
+
+def test_what_an_operator_sets_reaches_the_gateway_and_traces_the_worker_too() -> None:
+    passed_on = {name: service.get("environment", {}) for name, service in services(MAIN).items()}
+    for variable in ("CORS_ORIGINS", "KEY_RATE", "KEY_MAX_ACTIVE", "HOLD_S", "PUBLIC_URL", "TRUSTED_PROXIES"):
+        assert passed_on["gateway"][f"DARKROOM_{variable}"] is None, "unset stays unset"
+    for name in ("gateway", "worker"):
+        assert passed_on[name]["OTEL_EXPORTER_OTLP_ENDPOINT"] is None
 
 
 def test_everything_waits_until_what_it_needs_is_healthy() -> None:
