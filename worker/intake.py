@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -112,19 +113,21 @@ class Intake:
         """Says that this worker is gone; what it still holds goes back."""
         self._run("retire", self._worker)
 
-    def claim(self, models: Sequence[str], want: int) -> list[Claim]:
+    def claim(self, models: Sequence[str], want: int, spare_after_s: float = 0.0) -> list[Claim]:
         """Starts at most `want` waiting jobs of these models and returns them; never blocks.
 
         High before normal before low; one of each model in turn, and within a queue one of each owner. None while a
         suspect runs. Jobs in an answer that is lost go back at the next `renew`.
+
+        spare_after_s: none of a model of which no job has waited for so long; for workers that have enough to do.
         """
         if not models or want < 1 or any(claim.suspect for claim in list(self._held.values())):
             return []
         first = self._first % len(models)
         turns = [*models[first:], *models[:first]]
         executions = [uuid.uuid4().hex for _ in range(want)]
-        held = len(self._held)
-        claims = self._take(self._run("claim", self._worker, SCHEMA, want, held, len(turns), *turns, *executions))
+        asked = (SCHEMA, want, len(self._held), round(1e6 * spare_after_s), len(turns))
+        claims = self._take(self._run("claim", self._worker, *asked, *turns, *executions))
         if claims:
             self._first = models.index(claims[-1].job.model) + 1
         return claims
@@ -161,9 +164,12 @@ class Intake:
         self._told |= stop
         return stop
 
-    def wait(self, timeout_s: float) -> None:
-        """Returns when there may be something to claim or to stop, when woken, or when the time is up."""
-        self._listener.wait(timeout_s)
+    def wait(self, timeout_s: float, spare_after_s: float = 0.0) -> None:
+        """Returns when there may be something to claim or to stop, when woken, or when the time is up.
+
+        spare_after_s: as for `claim`: of what is submitted, not before it may be claimed.
+        """
+        self._listener.wait(timeout_s, spare_after_s)
 
     def wake(self) -> None:
         """Ends a `wait`, from any thread."""
@@ -201,25 +207,37 @@ class Listener:
     def __init__(self, redis: redis.Redis, worker: str) -> None:
         self._redis = redis
         self._stop_channel = STOP + worker
-        self._news = threading.Event()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()  # re-entrant: a signal's handler may wake whom it interrupts
+        self._woken = False
+        self._submitted: tuple[float, float] | None = None  # first and last news that no wait has ended for
         self._stops: set[str] = set()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def wait(self, timeout_s: float) -> None:
-        """Returns when something was heard since the last wait, or when the time is up."""
+    def wait(self, timeout_s: float, spare_after_s: float) -> None:
+        """Returns when something was heard since the last wait, or when the time is up.
+
+        Of a submitted job `spare_after_s` later, and once for all that were submitted meanwhile.
+        """
         self._start()
-        if self._news.wait(timeout_s):
-            self._news.clear()
+        end = time.monotonic() + timeout_s
+        with self._changed:
+            while not self._woken and (left := self._due(end, spare_after_s) - time.monotonic()) > 0:
+                self._changed.wait(left)
+            self._woken = False
+            heard, before = self._submitted, time.monotonic() - spare_after_s
+            if heard and heard[0] <= before:
+                self._submitted = None if heard[1] <= before else (heard[1], heard[1])
 
     def wake(self) -> None:
         """Ends a wait."""
-        self._news.set()
+        with self._changed:
+            self._woken = True
+            self._changed.notify_all()
 
     def take_stops(self) -> set[str]:
         """The ids heard since the last call."""
-        with self._lock:
+        with self._changed:
             stops, self._stops = self._stops, set()
         return stops
 
@@ -239,7 +257,7 @@ class Listener:
             try:
                 with cast(Any, self._redis).pubsub(ignore_subscribe_messages=True) as channel:
                     channel.subscribe(SUBMITTED, self._stop_channel)
-                    self._news.set()  # what was said before this cannot be heard: look
+                    self.wake()  # what was said before this cannot be heard: look
                     while not self._closed.is_set():
                         message = channel.get_message(timeout=LISTEN_S)
                         if message is not None:
@@ -248,7 +266,14 @@ class Listener:
                 self._closed.wait(LISTEN_S)
 
     def _hear(self, message: dict[str, Any]) -> None:
-        if message["channel"].decode() == self._stop_channel:
-            with self._lock:
+        with self._changed:
+            if message["channel"].decode() == self._stop_channel:
                 self._stops.add(message["data"].decode())
-        self._news.set()
+                self._woken = True
+            else:
+                now = time.monotonic()
+                self._submitted = (self._submitted[0] if self._submitted else now, now)
+            self._changed.notify_all()
+
+    def _due(self, end: float, spare_after_s: float) -> float:
+        return min(end, self._submitted[0] + spare_after_s) if self._submitted else end

@@ -28,7 +28,7 @@ from worker.contract.transitions import LEASE_S
 from worker.delivery import Delivery
 from worker.engine import Engine, Task
 from worker.intake import Claim, Intake
-from worker.logs import configure
+from worker.logs import about, configure
 from worker.metrics import WorkerMetrics, count_for_supervisor
 from worker.models import Loader, Model
 from worker.previews import encode_preview
@@ -49,6 +49,9 @@ PROGRESS_S = 0.25
 PASS_ON_S = 1.0
 IDLE_S = 2.0
 AWAY_S = 0.5
+
+SPARE_AFTER_S = 0.05
+"""How long a worker that has jobs leaves a new one alone: one that has none claims it in a few milliseconds."""
 
 STORE_SLOW_S = 5.0
 """While a picture waits longer than this for the store, nothing more is claimed."""
@@ -149,7 +152,7 @@ class Worker:
                 task.cancel()
         if not self._stops:
             self._claim()
-        self.intake.wait(PROGRESS_S if self._running else IDLE_S)
+        self.intake.wait(PROGRESS_S if self._running else IDLE_S, self._spare_after_s())
 
     def _try(self, do: Callable[[], None]) -> bool:
         if self._reported.is_due():
@@ -209,7 +212,7 @@ class Worker:
         try:
             picture = encode_preview(rgb, self._safety)
         except Exception as error:  # the picture itself may still come out
-            log.warning("no preview", job=claim.job.id, error=repr(error))
+            log.warning("no preview", **about(claim.job), error=repr(error))
         else:
             self.intake.preview(claim, step, picture)
 
@@ -217,12 +220,17 @@ class Worker:
         room = min(self.engine.room(), self.settings.max_jobs - len(self._running))
         if room < 1 or not self._is_well() or self._waits_for_store():
             return
-        for claim in self.intake.claim([model for model in self.models if self.engine.room(model)], room):
+        models = [model for model in self.models if self.engine.room(model)]
+        for claim in self.intake.claim(models, room, self._spare_after_s()):
             self.metrics.claimed(claim.job, claim.queued_s)
-            log.info("claimed", job=claim.job.id, model=claim.job.model, queued_s=round(claim.queued_s, 3))
+            log.info("claimed", **about(claim.job), model=claim.job.model, queued_s=round(claim.queued_s, 3))
             task = Task(claim.job, timeline=self._tracing.follow(claim.job) if self._tracing else None)
             self._running[task] = claim
             self.engine.submit(task)
+
+    def _spare_after_s(self) -> float:
+        is_busy = any(task.outcome is None for task in list(self._running))
+        return SPARE_AFTER_S if is_busy else 0.0
 
     def _waits_for_store(self) -> bool:
         return self.delivery.waited_s(time.monotonic()) > min(STORE_SLOW_S, self.settings.store_patience_s)
@@ -241,7 +249,7 @@ class Worker:
         self.intake.hand_back(claims)
         self.delivery.drop(claims)
         for task in [task for task, claim in list(self._running.items()) if claim in claims]:
-            log.warning("the picture store is away; handed back a finished job", job=task.job.id)
+            log.warning("the picture store is away; handed back a finished job", **about(task.job))
             self._drop(task)
 
     def _publish(self) -> None:
@@ -296,7 +304,7 @@ class Worker:
             log.warning("redis is away; the jobs go back when the lease lapses", cause=str(error.__cause__))
         self.engine.withdraw([claim.job.id for claim in claims.values()])
         for task, claim in claims.items():
-            log.info("handed back", job=claim.job.id)
+            log.info("handed back", **about(claim.job))
             self._drop(task)
 
     def _ended(self, task: Task) -> None:

@@ -208,7 +208,7 @@ def ceilings(url: str, seconds: float = 2.0, clients: int = 3) -> dict[str, floa
     claims = bench.crew[0].claim(MODELS, HELD)
     held = [claim.key for claim in claims]
     requests: dict[str, tuple[str, list[object]]] = {
-        "claim, nothing there": ("claim", ["w", 2, 1, 0, 3, *MODELS, "e"]),
+        "claim, nothing there": ("claim", ["w", 2, 1, 0, 0, 3, *MODELS, "e"]),
         "renew, one worker": ("renew", ["host-0-1-abcdef", 3, *[x for m in MODELS for x in (m, 12.5)], *held]),
         "reap": ("reap", [LATE_AT_MOST]),
         "load": ("load", [WORKER_SEEN_S]),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,41 @@ async def test_models_take_turns_over_claims_of_one(queue, intake, make_job):
     a = await submit(queue, *[make_job(model="a") for _ in range(2)])
     b = await submit(queue, *[make_job(model="b") for _ in range(2)])
     assert [ids(intake.claim(["a", "b"], 1)) for _ in range(4)] == [[a[0]], [b[0]], [a[1]], [b[1]]]
+
+
+async def test_busy_worker_leaves_a_new_job_to_one_that_has_none(queue, make_intake, make_job):
+    job, *_ = await submit(queue, make_job())
+    busy, idle = make_intake("w1"), make_intake("w2")
+    assert busy.claim(["demo"], 4, spare_after_s=60) == []
+    assert ids(idle.claim(["demo"], 4)) == [job]
+
+
+async def test_busy_worker_takes_a_job_that_nobody_took(queue, intake, make_job):
+    await submit(queue, make_job())
+    until(lambda: intake.claim(["demo"], 4, spare_after_s=0.05))
+
+
+async def test_busy_worker_takes_all_of_a_model_once_any_of_it_has_waited(queue, intake, make_job, client):
+    old, low, new, high = make_job(), make_job(priority="low"), make_job(), make_job(priority="high")
+    await submit(queue, make_job(model="other"), old, low, new, high)
+    came_earlier(client, old, 61)
+    assert ids(intake.claim(["other", "demo"], 9, spare_after_s=60)) == [high.id, old.id, new.id, low.id]
+
+
+async def test_job_that_was_put_back_has_waited_since_it_came(queue, make_intake, make_job, client):
+    job = make_job()
+    await submit(queue, job)
+    came_earlier(client, job, 61)
+    first, second = make_intake("w1"), make_intake("w2")
+    first.hand_back(first.claim(["demo"], 1))
+    assert ids(second.claim(["demo"], 1, spare_after_s=60)) == [job.id]
+
+
+def came_earlier(client, job, seconds):
+    """As if the job had been submitted so long before."""
+    entry = json.loads(client.hget("darkroom:open", job.id))
+    entry["place"] = str(int(entry["place"]) - round(1e6 * seconds))
+    client.hset("darkroom:open", job.id, json.dumps(entry))
 
 
 async def test_no_job_is_claimed_twice_by_workers_at_once(queue, make_intake, make_job):
@@ -227,6 +263,29 @@ def test_wait_returns_when_woken_and_when_time_is_up(intake):
     waiting = start_waiting(intake)
     intake.wake()
     assert returns_within_10_s(waiting)
+
+
+async def test_busy_worker_hears_of_a_job_once_it_may_claim_it(queue, intake, make_job):
+    intake.wait(10)  # the listener has begun
+    await submit(queue, make_job())
+    began = time.monotonic()
+    intake.wait(60, spare_after_s=0.3)
+    assert 0.2 < time.monotonic() - began < 30
+    assert len(intake.claim(["demo"], 1, spare_after_s=0.3)) == 1
+
+
+async def test_busy_worker_hears_of_a_job_that_came_while_it_left_another_alone(queue, make_intake, make_job):
+    busy, idle = make_intake("w1"), make_intake("w2")
+    busy.wait(10)
+    began, found = time.monotonic(), []
+    await submit(queue, make_job())
+    idle.claim(["demo"], 1)
+    busy.wait(0.1, spare_after_s=0.5)
+    await submit(queue, make_job())
+    while not found:
+        busy.wait(60, spare_after_s=0.5)
+        found = busy.claim(["demo"], 1, spare_after_s=0.5)
+    assert time.monotonic() - began < 30
 
 
 class AnswerLost(redis.Redis):

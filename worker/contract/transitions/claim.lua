@@ -3,10 +3,25 @@
 -- Jobs of a newer schema stay where they are, late ones fail, ids without a job are dropped, paused models are passed over.
 -- A group of suspects (see `bury`) starts whole, and only where nothing else runs: a worker that meets one while it holds
 -- other jobs gets no more until it is idle.
--- ARGV: worker, schema, want, how many jobs it holds, number of models, models, then `want` execution ids.
+-- A worker that is busy leaves jobs alone for a moment, for one with nothing to do may be about to claim them.
+-- ARGV: worker, schema, want, how many jobs it holds, for how many microseconds it leaves jobs alone, number of models, models,
+-- then `want` execution ids.
 -- Returns for each: id, execution, data, enqueued_at, started_at, group of suspects or ''.
-local worker, schema, want, holding, models = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local worker, schema, want, holding = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local spare_us, models = tonumber(ARGV[5]), tonumber(ARGV[6])
 local reply, taken, closed = {}, 0, false
+
+-- Whether all that waits of a model came just now. If any has waited for longer, no worker has nothing to do: all of it may
+-- be taken. RQ's list begins with what came first.
+local function is_left_alone(model)
+  if spare_us == 0 then return false end
+  for _, priority in ipairs(PRIORITIES) do
+    local id = redis.call('LINDEX', list_key(queue_of(model, priority)), 0)
+    local entry = id and entry_of(id)
+    if id and not (entry and SECONDS * 1e6 + MICROS - tonumber(entry.place) < spare_us) then return false end
+  end
+  return true
+end
 
 -- The next job of one queue that may start: id, meta, group, owner and turn; nil if there is none.
 -- scan.stay counts the jobs that stay where they are, by owner; scan.passed the owners all of whose jobs stay.
@@ -38,7 +53,7 @@ end
 
 local function start(id, meta, group)
   taken = taken + 1
-  local execution, queue = ARGV[5 + models + taken], queue_of(meta.model, meta.priority)
+  local execution, queue = ARGV[6 + models + taken], queue_of(meta.model, meta.priority)
   local key, pair, at = job_key(id), id .. ':' .. execution, iso_now()
   redis.call('LREM', list_key(redis.call('HGET', key, 'origin')), 1, id)
   local ttl = math.max(0, math.ceil(tonumber(meta.deadline) - NOW)) + STARTED_MARGIN_S
@@ -69,7 +84,7 @@ end
 -- The rest of a group whose first job has started; members that have ended since are forgotten.
 local function start_group(group)
   local held = {}
-  for m = 1, models do held[ARGV[5 + m]] = redis.call('SISMEMBER', PAUSED, ARGV[5 + m]) == 0 end
+  for m = 1, models do held[ARGV[6 + m]] = redis.call('SISMEMBER', PAUSED, ARGV[6 + m]) == 0 end
   local ids = redis.call('SMEMBERS', suspects_key(group))
   local since = {}
   for _, id in ipairs(ids) do since[id] = redis.call('HGET', job_key(id), 'enqueued_at') or '' end
@@ -85,13 +100,16 @@ local function start_group(group)
 end
 
 end_late(100)
+local open_models = {}
+for m = 1, models do
+  local model = ARGV[6 + m]
+  if redis.call('SISMEMBER', PAUSED, model) == 0 and not is_left_alone(model) then open_models[#open_models + 1] = model end
+end
 for _, priority in ipairs(PRIORITIES) do
   local open = {}
-  for m = 1, models do
-    if redis.call('SISMEMBER', PAUSED, ARGV[5 + m]) == 0 then
-      local queue = queue_of(ARGV[5 + m], priority)
-      if follow_list(queue) then open[#open + 1] = {queue = queue, passed = 0, stay = {}} end
-    end
+  for _, model in ipairs(open_models) do
+    local queue = queue_of(model, priority)
+    if follow_list(queue) then open[#open + 1] = {queue = queue, passed = 0, stay = {}} end
   end
   while #open > 0 and taken < want and not closed do
     local still = {}
