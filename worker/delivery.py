@@ -18,6 +18,7 @@ from worker.contract.job import Job, Picture, Result
 from worker.contract.store import PictureStore, picture_key
 from worker.engine import Outcome, Task, explain
 from worker.intake import Claim, Intake
+from worker.logs import about
 from worker.metrics import WorkerMetrics
 from worker.pictures import encode
 from worker.safety import SafetyFilter
@@ -105,14 +106,14 @@ class Delivery:
         try:
             outcome = self._commit(claim, task)
         except StoreUnavailable:
-            log.warning("the picture store is away; a finished job is left to others", job=task.job.id)
+            log.warning("the picture store is away; a finished job is left to others", **about(task.job))
         except Exception:
-            log.exception("could not commit", job=task.job.id)
+            log.exception("could not commit", **about(task.job))
         finally:
             self._done(task)
             run_s = time.time() - claim.claimed_at
             self._metrics.ended(task.job, outcome, run_s)
-            log.info("ended", job=task.job.id, outcome=outcome, run_s=round(run_s, 3))
+            log.info("ended", **about(task.job), outcome=outcome, run_s=round(run_s, 3))
             if self._tracing:
                 self._tracing.ended(claim, task, outcome, since)
 
@@ -132,7 +133,7 @@ class Delivery:
                     cause = str(error.__cause__)
                     if self._closing.wait(pause):
                         raise
-            log.warning("redis is away; still holding a finished job", job=claim.job.id, cause=cause)
+            log.warning("redis is away; still holding a finished job", **about(claim.job), cause=cause)
 
     def _result(self, claim: Claim, task: Task) -> tuple[Outcome, Result]:
         if task.outcome != "succeeded":
@@ -198,7 +199,9 @@ class Delivery:
                 return self._store.put(key, data)
             except StoreUnavailable as error:
                 self._metrics.store_retried()
-                log.warning("the picture store is away; holding a finished job", job=job.id, cause=str(error.__cause__))
+                log.warning(
+                    "the picture store is away; holding a finished job", **about(job), cause=str(error.__cause__)
+                )
                 if self._closing.wait(pause):
                     raise
 
@@ -206,7 +209,7 @@ class Delivery:
         try:
             self._store.delete_prefix(f"{claim.job.id}/{claim.execution}/")
         except StoreUnavailable as error:
-            log.warning("left pictures behind for the sweeper", job=claim.job.id, cause=str(error.__cause__))
+            log.warning("left pictures behind for the sweeper", **about(claim.job), cause=str(error.__cause__))
 
 
 def _picture(job: Job, n: int, key: str, size: int) -> Picture:

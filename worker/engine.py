@@ -18,6 +18,7 @@ from worker.budget import TOKENS, Budget
 from worker.contract.job import Failure
 from worker.failures import explain, is_out_of_memory
 from worker.forecast import Forecast
+from worker.logs import about
 from worker.metrics import WorkerMetrics
 from worker.scheduler import pick
 from worker.settings import WorkerSettings
@@ -284,7 +285,7 @@ class Engine:
         except torch.AcceleratorError:
             raise
         except Exception as error:  # the picture itself may still come out
-            log.warning("no preview", job=task.job.id, error=repr(error))
+            log.warning("no preview", **about(task.job), error=repr(error))
 
     def _end(self, task: Task, outcome: Outcome, failure: Failure | None = None) -> None:
         task.outcome, task.failure = outcome, failure

@@ -7,6 +7,7 @@ import torch
 
 from model.work import NonFiniteLatents
 from worker.contract.job import Failure, Job
+from worker.logs import about
 
 log = structlog.get_logger()
 
@@ -31,7 +32,7 @@ def explain(job: Job, error: Exception, largest: tuple[int, int] = (0, 0)) -> Fa
         return Failure(code="non_finite", message=str(error))
     if isinstance(error, torch.OutOfMemoryError):
         return Failure(code="out_of_memory", message=_too_large(job, *largest))
-    log.error("job failed", job=job.id, exc_info=error)
+    log.error("job failed", **about(job), exc_info=error)
     return Failure(
         code="internal_error", message=f"the worker failed on this job; its log has the details under {job.id}"
     )

@@ -6,6 +6,8 @@ import sys
 
 import structlog
 
+from worker.contract.job import Job
+
 
 def configure() -> None:
     """For the whole process."""
@@ -18,3 +20,8 @@ def configure() -> None:
         ],
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
     )
+
+
+def about(job: Job) -> dict[str, str]:
+    """What each line about a job says of it: the gateway's lines have the same two ids."""
+    return {"request_id": job.request_id, "job": job.id}

@@ -15,6 +15,7 @@ def make_job(
     model: str = "tiny",
     priority: Priority = "normal",
     deterministic: bool = False,
+    request_id: str = "",
     **params: Any,
 ) -> Job:
     """A job of the tiny model; keyword arguments change its params."""
@@ -30,5 +31,6 @@ def make_job(
         priority=priority,
         deterministic=deterministic,
         created_at=now,
+        request_id=request_id,
         deadline=now + deadline_s,
     )

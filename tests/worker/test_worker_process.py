@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import itertools
+import json
 import os
 import signal
 import socket
@@ -123,6 +124,19 @@ async def test_jobs_become_stored_pictures_of_the_size_asked_for(queue: JobQueue
         for picture in view.result.pictures:
             with Image.open(worker.store / picture.key) as image:
                 assert image.size == (job.params.width, job.params.height)
+
+
+async def test_lines_about_a_job_have_the_id_of_its_request(queue: JobQueue, worker: Process) -> None:
+    job = make_job(request_id="r-1")
+    await queue.submit(job)
+    await ended(queue, job, worker)
+
+    def lines() -> list[dict[str, Any]]:
+        said = [json.loads(line) for line in worker.log.read_text().splitlines() if job.id in line]
+        return [line for line in said if line.get("job") == job.id]
+
+    wait_until(lambda: [line["event"] for line in lines()] == ["claimed", "ended"])
+    assert [line["request_id"] for line in lines()] == ["r-1", "r-1"]
 
 
 async def test_the_same_seed_gives_the_same_picture_alone_or_beside_its_siblings(
