@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import httpcore
 import httpx
@@ -24,7 +24,7 @@ from app.dialects import deepinfra
 from app.dialects.predictions import prediction
 from app.links import Links
 from app.logs import make_log
-from app.schemas import Generation, timestamp
+from app.schemas import DeliveryOutcome, Generation, timestamp
 from app.settings import GatewaySettings
 from app.signing import Signer
 from app.webhook_signature import signature_headers, signing_secret
@@ -47,8 +47,6 @@ PROGRESS_EVERY_S = 0.5
 BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 GONE = 410
 """How a receiver says that it wants to hear no more."""
-
-Outcome = Literal["delivered", "retry", "dead"]
 
 
 class WebhookSettings(GatewaySettings):
@@ -217,7 +215,7 @@ class Sender:
             answer = await self._attempt(entry, view, webhook)
             if entry.event == "progress":  # as long as this one is not settled there will be no other
                 await asyncio.sleep(PROGRESS_EVERY_S - (time.monotonic() - started))
-            await self._settle(entry, answer)
+            await self._settle(entry, answer, view.job.request_id)
         except UnknownGeneration:
             return
         except QueueUnavailable as error:  # it will be sent again, under the same id
@@ -227,7 +225,7 @@ class Sender:
         try:
             body = self._body(entry, view)
         except Exception:
-            self._log.exception("webhook_without_body", generation=entry.job_id, webhook_event=entry.event)
+            self._log.exception("webhook_without_body", **_about(entry, view.job.request_id))
             return Answer(0.0, error="not sent: something failed on our side")
         headers = {
             "content-type": "application/json",
@@ -245,24 +243,25 @@ class Sender:
         links = Links(view.job.echo.get("base_url", base_url).rstrip("/"), Signer(self._secret))
         return json.dumps(message(entry, as_of(entry, view), links), separators=(",", ":")).encode()
 
-    async def _settle(self, entry: Entry, answer: Answer) -> None:
+    async def _settle(self, entry: Entry, answer: Answer, request_id: str) -> None:
         outcome = self._outcome(entry, answer)
         delivery: dict[str, Any] = {"event": entry.event, "at": answer.at - answer.seconds, "attempt": entry.attempt}
         delivery |= {"status": answer.status} if answer.error is None else {"error": answer.error}
-        delivery["seconds"] = answer.seconds
+        delivery |= {"seconds": answer.seconds, "outcome": outcome}
         match outcome:
             case "delivered":
                 await self._outbox.done(entry, delivery)
             case "retry":
-                await self._outbox.retry(entry, delivery, self._delay_s(entry, answer))
+                delay_s = self._delay_s(entry, answer)
+                await self._outbox.retry(entry, delivery | {"next_at": answer.at + delay_s}, delay_s)
             case "dead":
                 await self._outbox.dead(entry, delivery)
         self.metrics.attempts.labels(entry.event, outcome).inc()
         self.metrics.seconds.labels(entry.event).observe(answer.seconds)
-        told = {name: delivery[name] for name in ("attempt", "status", "error", "seconds") if name in delivery}
-        self._log.info("webhook", generation=entry.job_id, webhook_event=entry.event, outcome=outcome, **told)
+        told = {name: value for name, value in delivery.items() if name not in ("event", "at")}
+        self._log.info("webhook", **_about(entry, request_id), **told)
 
-    def _outcome(self, entry: Entry, answer: Answer) -> Outcome:
+    def _outcome(self, entry: Entry, answer: Answer) -> DeliveryOutcome:
         if answer.arrived:
             return "delivered"
         # Of progress there will be news
@@ -295,6 +294,11 @@ def as_of(entry: Entry, view: JobView) -> JobView:
     if entry.event != "started":
         return view
     return replace(view, status="running", position=None, progress=None, ended_at=None, result=None)
+
+
+def _about(entry: Entry, request_id: str) -> dict[str, str]:
+    """What each line about a message says of it; the request is the one that made the job."""
+    return {"request_id": request_id, "generation": entry.job_id, "webhook_event": entry.event}
 
 
 def serve(settings: WebhookSettings) -> None:

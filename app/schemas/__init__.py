@@ -3,6 +3,7 @@
 from app.schemas.creation import MAX_PUBLIC_SEED, GenerationCreate, WebhookCreate
 from app.schemas.error import ANY_REFUSAL, Error, ErrorBody, refusals
 from app.schemas.generation import (
+    DeliveryOutcome,
     Generation,
     GenerationError,
     GenerationPage,
@@ -23,6 +24,7 @@ __all__ = [
     "MAX_WAIT_S",
     "TAGS",
     "Alive",
+    "DeliveryOutcome",
     "Error",
     "ErrorBody",
     "Generation",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -88,6 +88,9 @@ class Image(BaseModel):
         )
 
 
+DeliveryOutcome = Literal["delivered", "retry", "dead"]
+
+
 class Delivery(BaseModel):
     """One try to call a webhook."""
 
@@ -97,11 +100,16 @@ class Delivery(BaseModel):
     status: int | None = Field(default=None, description="HTTP status of its answer, if it gave one.")
     error: str | None = Field(default=None, description="Why there was none.")
     seconds: float
+    outcome: DeliveryOutcome = Field(
+        description="`delivered`; `retry`: it is sent again at `next_at`; `dead`: it was given up."
+    )
+    next_at: datetime | None = Field(default=None, description="When it is sent again, if it is.")
 
     @classmethod
     def of(cls, delivery: dict[str, Any]) -> Self:
         """The delivery of an entry of a job's log."""
-        return cls.model_validate(delivery | {"at": moment(delivery["at"])})
+        times = {name: moment(delivery[name]) for name in ("at", "next_at") if name in delivery}
+        return cls.model_validate(delivery | times)
 
 
 class WebhookState(BaseModel):

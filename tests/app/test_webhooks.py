@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -133,10 +134,11 @@ async def sender(settings: WebhookSettings, sender_log: io.StringIO) -> AsyncIte
         yield sender
 
 
-async def ask(client: httpx.AsyncClient, receiver: Receiver, *events: str) -> str:
+async def ask(client: httpx.AsyncClient, receiver: Receiver, *events: str, request_id: str = "") -> str:
     """A generation that the receiver is told of."""
     webhook = {"url": receiver.url} | ({"events": events} if events else {})
-    asked = await client.post("/v1/generations", json={"model": "tiny", "prompt": "a secret wish", "webhook": webhook})
+    body = {"model": "tiny", "prompt": "a secret wish", "webhook": webhook}
+    asked = await client.post("/v1/generations", json=body, headers={"x-request-id": request_id})
     assert asked.status_code == 202, asked.text
     return str(asked.json()["id"])
 
@@ -175,6 +177,7 @@ async def test_end_is_told_with_the_generation_and_signed(
         Webhooks.validate(headers=headers, body=body + " ", secret=await secret_of(served))
     (delivery,) = await log_of(served, job_id, 1)
     assert (delivery["event"], delivery["attempt"], delivery["status"]) == ("completed", 1, 200)
+    assert (delivery["outcome"], delivery["next_at"]) == ("delivered", None)
     labels = {"event": "completed", "outcome": "delivered"}
     assert sender.metrics.registry.get_sample_value("darkroom_webhook_attempts_total", labels) == 1
 
@@ -257,7 +260,18 @@ async def test_message_that_was_not_taken_is_sent_again_under_its_id(
     job_id = await ask(served, receiver)
     log = await log_of(served, job_id, 3)
     assert [(one["attempt"], one["status"]) for one in log] == [(1, 500), (2, 307), (3, 200)]
+    assert [one["outcome"] for one in log] == ["retry", "retry", "delivered"]
     assert len(set(receiver.ids)) == 1
+
+
+async def test_log_says_when_a_message_is_sent_again(
+    served: httpx.AsyncClient, receiver: Receiver, sender: Sender
+) -> None:
+    receiver.statuses, receiver.headers = [503], {"retry-after": "600"}
+    (delivery,) = await log_of(served, await ask(served, receiver), 1)
+    assert delivery["outcome"] == "retry"
+    at, next_at = (datetime.fromisoformat(delivery[name]) for name in ("at", "next_at"))
+    assert 600 <= (next_at - at).total_seconds() < 600 + ANSWER_S
 
 
 async def test_message_is_given_up_after_the_last_attempt(
@@ -265,7 +279,9 @@ async def test_message_is_given_up_after_the_last_attempt(
 ) -> None:
     receiver.statuses = [500] * 9
     job_id = await ask(served, receiver)
-    await log_of(served, job_id, 3)
+    log = await log_of(served, job_id, 3)
+    assert [one["outcome"] for one in log] == ["retry", "retry", "dead"]
+    assert log[-1]["next_at"] is None
     assert await nothing_waits(settings)
     assert len(receiver.taken) == 3
 
@@ -274,7 +290,8 @@ async def test_receiver_that_is_gone_is_not_asked_again(
     served: httpx.AsyncClient, receiver: Receiver, sender: Sender, settings: WebhookSettings
 ) -> None:
     receiver.statuses = [410]
-    await log_of(served, await ask(served, receiver), 1)
+    (delivery,) = await log_of(served, await ask(served, receiver), 1)
+    assert (delivery["outcome"], delivery["next_at"]) == ("dead", None)
     assert await nothing_waits(settings)
 
 
@@ -358,6 +375,15 @@ async def test_sender_logs_neither_prompt_nor_url(
     assert receiver.url not in sender_log.getvalue()
 
 
+async def test_line_about_a_message_has_the_id_of_the_request_that_made_its_job(
+    served: httpx.AsyncClient, receiver: Receiver, sender: Sender, sender_log: io.StringIO
+) -> None:
+    job_id = await ask(served, receiver, request_id="r-1")
+    await until(lambda: logged(sender_log, "delivered"))
+    line = next(line for line in map(json.loads, sender_log.getvalue().splitlines()) if line["event"] == "webhook")
+    assert (line["request_id"], line["generation"], line["outcome"]) == ("r-1", job_id, "delivered")
+
+
 class Shelf:
     """An outbox that notes how long messages are put off."""
 
@@ -376,7 +402,7 @@ async def test_waits_grow_and_follow_the_receivers_wish(attempt: int, asked_s: f
     shelf = Shelf()
     log = make_log("json", io.StringIO())
     sender = Sender(WebhookSettings(), shelf, None, None, log, jitter=lambda: 1.0)  # type: ignore[arg-type]
-    await sender._settle(Entry("m", "gen_1", "completed", attempt, 1.0), Answer(0.1, 503, retry_after_s=asked_s))
+    await sender._settle(Entry("m", "gen_1", "completed", attempt, 1.0), Answer(0.1, 503, retry_after_s=asked_s), "")
     assert shelf.delays == [delay_s]
 
 
