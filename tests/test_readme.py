@@ -1,15 +1,19 @@
-"""The README's table of settings is what the code says; `python -m tests.test_readme` writes it anew."""
+"""The README: its settings are what the code reads (`python -m tests.test_readme` writes them anew), its code works."""
 
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
 from app.settings import GatewaySettings
 from app.stack import StackSettings
+from app.webhook_signature import signature_headers, signing_secret
 from app.webhooks import WebhookSettings
 from worker.contract.settings import ContractSettings
 from worker.settings import WorkerSettings
@@ -53,6 +57,52 @@ def test_every_setting_says_what_it_does() -> None:
     for _, settings, _ in READERS:
         for name, field in settings.model_fields.items():
             assert field.description, f"{settings.__name__}.{name}"
+
+
+IsOurs = Callable[[str, dict[str, str], bytes], bool]
+SECRET = signing_secret(b"the server's", "key_1")
+BODY = '{"type": "generation.completed", "data": {"prompt": "ein Käse"}}'.encode()
+
+
+@pytest.fixture
+def is_ours() -> IsOurs:
+    """What the README tells receivers of webhooks to check a message with."""
+    (example,) = re.findall(r"^```python\n([^`]*^def is_ours.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    names: dict[str, IsOurs] = {}
+    exec(example, names)
+    return names["is_ours"]
+
+
+def signed(age_s: int = 0) -> dict[str, str]:
+    return signature_headers(SECRET, "gen_1:completed:1", int(time.time()) - age_s, BODY)
+
+
+def test_the_readmes_check_of_webhooks_knows_what_we_sign(is_ours: IsOurs) -> None:
+    assert is_ours(SECRET, signed(), BODY)
+
+
+def test_the_readmes_check_of_webhooks_knows_one_of_several_signatures(is_ours: IsOurs) -> None:
+    headers = signed()
+    assert is_ours(SECRET, headers | {"webhook-signature": f"v1,AAAA {headers['webhook-signature']}"}, BODY)
+
+
+@pytest.mark.parametrize(
+    ("headers", "secret", "body"),
+    [
+        ({}, SECRET, BODY.replace(b"completed", b"canceled")),
+        ({"webhook-id": "gen_2:completed:1"}, SECRET, BODY),
+        ({"webhook-signature": "v1,AAAA"}, SECRET, BODY),
+        ({}, signing_secret(b"the server's", "key_2"), BODY),
+        (signed(age_s=3600), SECRET, BODY),
+        (signed(age_s=-3600), SECRET, BODY),
+        ({"webhook-timestamp": str(int(time.time()) - 60)}, SECRET, BODY),
+    ],
+    ids=["body", "id", "signature", "secret", "old", "early", "time"],
+)
+def test_the_readmes_check_of_webhooks_refuses_what_we_did_not_sign(
+    is_ours: IsOurs, headers: dict[str, str], secret: str, body: bytes
+) -> None:
+    assert not is_ours(secret, signed() | headers, body)
 
 
 if __name__ == "__main__":
