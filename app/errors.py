@@ -22,6 +22,8 @@ DarkroomError (worker/contract/errors.py)
 ├── GenerationFailed        a held answer's job failed
 ├── GenerationCanceled      a held answer's job was canceled by somebody else
 ├── NotInTime               a held answer's time was up before its job was done
+├── NothingMade             any of the last three, to a client that would ask again
+├── StillMaking             time is up, but the job goes on for who has a key to come back with
 └── ShuttingDown            a held answer's gateway closes before the job is done
 """
 
@@ -246,6 +248,27 @@ class NotInTime(DarkroomError):
 
     def __init__(self, hold_s: float) -> None:
         super().__init__(f"the pictures were not ready within {hold_s:g} s; the generation was canceled")
+
+
+class NothingMade(DarkroomError):
+    """An accepted job came to nothing, told to a client that would have it made again after any 5xx."""
+
+    def __init__(self, error: DarkroomError) -> None:
+        super().__init__(str(error))
+        self.code = error.code
+
+
+class StillMaking(DarkroomError):
+    """The time of a held answer was up; its job goes on, for its client has a key to come back with."""
+
+    code = "timeout"
+    retry_after_s = 1
+
+    def __init__(self, hold_s: float) -> None:
+        super().__init__(
+            f"the pictures were not ready within {hold_s:g} s; the generation goes on: "
+            "ask again with the same Idempotency-Key"
+        )
 
 
 class ShuttingDown(DarkroomError):

@@ -17,7 +17,7 @@ KEY = re.compile(r"[\x21-\x7e]{1,255}")
 def idempotency(key: str, *, owner: str, route: str, request: object) -> Idempotency:
     """What a key stands for, for this owner and route. InvalidField.
 
-    request: all that the answer depends on, as JSON-ready data with the defaults filled in.
+    request: what was asked, as JSON-ready data: all that the answer depends on, and nothing that we may change.
     """
     key = key.strip()
     if not KEY.fullmatch(key):

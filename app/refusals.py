@@ -57,6 +57,7 @@ STATUS: dict[type[DarkroomError], int] = {
     errors.UnsupportedMediaType: 415,
     contract.IdempotencyKeyReused: 422,
     contract.InvalidField: 422,
+    errors.NothingMade: 424,
     contract.QueueFull: 429,
     contract.TooManyJobs: 429,
     errors.RateLimited: 429,
@@ -70,6 +71,7 @@ STATUS: dict[type[DarkroomError], int] = {
     contract.SchemaUnknown: 503,
     errors.ShuttingDown: 503,
     errors.NotInTime: 504,
+    errors.StillMaking: 504,
 }
 
 HTTP_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed"}

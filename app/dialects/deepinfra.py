@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse
 from app.deps import GatewayDep, JobsDep
 from app.dialects.body import NO_PICTURES, Asked, checked, folded, read_json
 from app.dialects.models import card_named
+from app.dialects.retries import retry_of, told_once
 from app.dialects.sizes import of_ratio
 from app.dialects.synchronous import Call, accept, finish
 from app.jobs import Jobs
@@ -52,11 +53,14 @@ async def inference(
     model: Annotated[str, Path()], request: Request, jobs: JobsDep, gateway: GatewayDep
 ) -> dict[str, Any]:
     """The pictures as data urls; with a webhook, at once that the job is queued, and the same object there later."""
-    asked = checked(TextToImage, await read_json(request))
-    call = _call(asked, await card_named(gateway.catalog, model))
-    if asked.webhook is None:
-        return await answer(await finish(call, jobs, gateway, request), jobs)
-    return await answer(await accept(call, jobs, request, webhook=Webhook(url=asked.webhook)), jobs)
+    body = await read_json(request)
+    asked = checked(TextToImage, body)
+    call = _call(body, asked, await card_named(gateway.catalog, model))
+    if asked.webhook is not None:
+        return await answer(await accept(call, jobs, request, webhook=Webhook(url=asked.webhook)), jobs)
+    retry = await retry_of(request, jobs)
+    with told_once(retry):
+        return await answer(await finish(call, jobs, gateway, request, retry), jobs)
 
 
 def render(said: Refusal) -> Response:
@@ -98,7 +102,7 @@ def result(view: JobView, images: list[str]) -> dict[str, Any]:
     } | said
 
 
-def _call(asked: TextToImage, card: ModelCard) -> Call:
+def _call(sent: dict[str, Any], asked: TextToImage, card: ModelCard) -> Call:
     sized = asked.aspect_ratio is None or asked.width is not None or asked.height is not None
     create: dict[str, Any] = {
         "model": card.name,
@@ -110,7 +114,7 @@ def _call(asked: TextToImage, card: ModelCard) -> Call:
         "seed": folded(asked.seed),
         **({"width": asked.width, "height": asked.height} if sized else of_ratio(asked.aspect_ratio or "1:1", card)),
     }
-    return Call(dialect="deepinfra", asked=asked, create=create, names=OUR_NAMES)
+    return Call(dialect="deepinfra", sent=sent, asked=asked, create=create, names=OUR_NAMES)
 
 
 def _data_url(data: bytes, kind: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Request, Response
@@ -73,10 +74,11 @@ async def text_to_image(
         if name not in TextToImage.model_fields and value is not None:
             raise InvalidField(name, Shown(value), f"none; parameters served: {', '.join(PARAMETERS)}")
     asked = checked(TextToImage, parameters | {"inputs": body.get("inputs")})
-    call = _call(asked, await card_named(gateway.catalog, model), request.headers.get("accept", ""))
+    call = _call(body, asked, await card_named(gateway.catalog, model), _accepted(request.headers.get("accept", "")))
     view = await finish(call, jobs, gateway, request)
     data, picture = await jobs.picture(view, 0)
-    return Response(data, headers={"content-type": MEDIA_TYPES[picture.format], "x-seed": str(picture.seed)})
+    facts = {"x-seed": str(picture.seed), "x-filtered": json.dumps(picture.filtered)}
+    return Response(data, headers={"content-type": MEDIA_TYPES[picture.format]} | facts)
 
 
 def render(said: Refusal) -> Response:
@@ -84,7 +86,7 @@ def render(said: Refusal) -> Response:
     return JSONResponse({"error": said.message, "error_type": said.code}, said.status, said.headers)
 
 
-def _call(asked: TextToImage, card: ModelCard, accept: str) -> Call:
+def _call(sent: dict[str, Any], asked: TextToImage, card: ModelCard, accepted: OutputFormat) -> Call:
     create: dict[str, Any] = {
         "model": card.name,
         "prompt": asked.inputs,
@@ -95,9 +97,9 @@ def _call(asked: TextToImage, card: ModelCard, accept: str) -> Call:
         "guidance_scale": asked.guidance_scale,
         "sampler": None if asked.scheduler is None else SCHEDULERS[asked.scheduler],
         "seed": folded(asked.seed),
-        "output_format": asked.output_format or _accepted(accept),
+        "output_format": asked.output_format or accepted,
     }
-    return Call(dialect="huggingface", asked=asked, create=create, names=OUR_NAMES)
+    return Call(dialect="huggingface", sent=[sent, accepted], asked=asked, create=create, names=OUR_NAMES)
 
 
 def _accepted(accept: str) -> OutputFormat:

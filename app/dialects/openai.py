@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import math
-import re
 import time
 from base64 import b64encode
 from collections.abc import AsyncGenerator
@@ -23,8 +21,9 @@ from app.deps import CallerDep, Gateway, GatewayDep, JobsDep
 from app.dialects.body import Asked, checked, folded, in_their_words, read_json
 from app.dialects.models import card_named, default_card, find_card
 from app.dialects.partials import jpeg_size, partial_pictures
+from app.dialects.retries import retry_of, told_once
 from app.dialects.sizes import fitted
-from app.dialects.synchronous import Call, Retry, accept, finish, succeeded
+from app.dialects.synchronous import Call, accept, comes_back, finish, succeeded
 from app.errors import NotServed
 from app.jobs import Jobs, finished_picture
 from app.refusals import Refusal, status_of
@@ -65,12 +64,6 @@ URL_MODELS = ("dall-e-2", "dall-e-3")
 RETRYABLE = frozenset({429, 503})
 DONE = frozenset({"store_unavailable"})
 """A client may try again after these statuses, for nothing was accepted; but not after these codes."""
-
-RETRY_COUNT = re.compile(r"[0-9]{1,2}", re.ASCII)
-FIRST_RETRY_S, LAST_RETRY_S = 0.5, 8.0
-"""How long OpenAI's clients wait before they try again: twice as long each time."""
-
-RETRY_TRAVELS_S = 2.0
 
 UNMETERED = {
     "input_tokens": 0,
@@ -118,14 +111,19 @@ class ImageGenerate(Asked):
 @router.post("/v1/openai/images/generations")
 async def generate(request: Request, jobs: JobsDep, gateway: GatewayDep) -> Response:
     """Pictures, in JSON once they are made, or in events as they are."""
-    asked = checked(ImageGenerate, await read_json(request))
+    body = await read_json(request)
+    asked = checked(ImageGenerate, body)
     card = find_card(await gateway.catalog.cards(), asked.model)
-    call = _call(asked, card or await default_card(gateway.catalog, gateway.queue, gateway.settings.default_model))
+    card = card or await default_card(gateway.catalog, gateway.queue, gateway.settings.default_model)
+    call = _call(body, asked, card)
     if asked.stream:
         view = await accept(call, jobs, request, hold_s=gateway.settings.hold_s)
-        return EventStream(_events(view, jobs, gateway, asked), asyncio.Event())  # ends by itself, with an error
-    view = await finish(call, jobs, gateway, request, await _retry(request, jobs))
-    return JSONResponse(await _answer(view, jobs, asked))
+        events = _events(view, jobs, gateway, asked, leave=comes_back(request))
+        return EventStream(events, asyncio.Event())  # ends by itself, with an error
+    retry = await retry_of(request, jobs)
+    with told_once(retry):
+        view = await finish(call, jobs, gateway, request, retry)
+        return JSONResponse(await _answer(view, jobs, asked))
 
 
 @router.post("/openai/v1/images/edits")
@@ -161,11 +159,11 @@ def render(said: Refusal) -> Response:
         "param": said.field,
         "code": CODES.get(said.code, said.code),
     }
-    again = status in RETRYABLE and said.code not in DONE
+    again = (status in RETRYABLE or "retry-after" in said.headers) and said.code not in DONE
     return JSONResponse({"error": error}, status, {**said.headers, "x-should-retry": "true" if again else "false"})
 
 
-def _call(asked: ImageGenerate, card: ModelCard) -> Call:
+def _call(sent: dict[str, Any], asked: ImageGenerate, card: ModelCard) -> Call:
     steps = asked.steps or asked.num_inference_steps
     create: dict[str, Any] = {
         "model": card.name,
@@ -182,7 +180,7 @@ def _call(asked: ImageGenerate, card: ModelCard) -> Call:
         **_size(asked, card),
     }
     names = OUR_NAMES | ({"steps": "num_inference_steps"} if asked.steps is None else {})
-    return Call(dialect="openai", asked=asked, create=create, names=names)
+    return Call(dialect="openai", sent=sent, asked=asked, create=create, names=names)
 
 
 def _size(asked: ImageGenerate, card: ModelCard) -> dict[str, int]:
@@ -204,19 +202,6 @@ def _steps(quality: Quality, card: ModelCard) -> int | None:
     return min(max(math.ceil(usual * STEPS[quality]), min(usual, FEW_STEPS)), card.limits.max_steps)
 
 
-async def _retry(request: Request, jobs: Jobs) -> Retry | None:
-    """What OpenAI's own clients tell about their tries; others do not try again."""
-    count = request.headers.get("x-stainless-retry-count", "")
-    if not RETRY_COUNT.fullmatch(count):
-        return None
-    asked = f"{jobs.caller.id}\0{request.url.path}\0".encode() + await request.body()
-    return Retry(
-        request=hashlib.sha256(asked).hexdigest(),
-        count=int(count),
-        next_within_s=min(FIRST_RETRY_S * 2 ** int(count), LAST_RETRY_S) + RETRY_TRAVELS_S,
-    )
-
-
 async def _answer(view: JobView, jobs: Jobs, asked: ImageGenerate) -> dict[str, Any]:
     wanted = asked.response_format or ("url" if asked.model in URL_MODELS else "b64_json")
     data = []
@@ -226,25 +211,31 @@ async def _answer(view: JobView, jobs: Jobs, asked: ImageGenerate) -> dict[str, 
     return {"created": int(view.ended_at or time.time()), "data": data} | _made(view, asked)
 
 
-async def _events(view: JobView, jobs: Jobs, gateway: Gateway, asked: ImageGenerate) -> AsyncGenerator[bytes, None]:
-    """The stream of a job: partial images, then each picture, or an error. It is canceled when the client goes away."""
+async def _events(
+    view: JobView, jobs: Jobs, gateway: Gateway, asked: ImageGenerate, *, leave: bool
+) -> AsyncGenerator[bytes, None]:
+    """The stream of a job: partial images, then each picture, or an error.
+
+    The job is canceled when the client goes away, unless it is one to `leave`.
+    """
     job_id, index = view.job.id, 0
     try:
         async with aclosing(partial_pictures(view, gateway, asked.partial_images)) as partials:
-            async for picture in partials:
-                width, height = jpeg_size(picture)
+            async for preview in partials:
+                width, height = jpeg_size(preview)
                 small = {"partial_image_index": index, "size": f"{width}x{height}", "output_format": "jpeg"}
-                yield _event("partial_image", picture, _made(view, asked) | small)
+                yield _event("partial_image", preview, _made(view, asked) | small)
                 index += 1
         view = succeeded(await jobs.get(job_id))
         for n in range(view.job.num_images):
-            data, _ = await jobs.picture(view, n)
-            yield _event("completed", data, _made(view, asked) | {"usage": UNMETERED})
+            data, picture = await jobs.picture(view, n)
+            ours = {"seed": picture.seed, "filtered": picture.filtered}
+            yield _event("completed", data, _made(view, asked) | ours | {"usage": UNMETERED})
     except DarkroomError as error:
         said = Refusal(status_of(error), error.code, str(error), error.field)
         yield format_sse_event(event="error", data_str=bytes(render(said).body).decode())
     finally:
-        if view.status not in TERMINAL:
+        if view.status not in TERMINAL and not leave:
             with CancelScope(shield=True), suppress(DarkroomError):
                 await gateway.queue.cancel(job_id)
 

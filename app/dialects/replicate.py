@@ -22,8 +22,9 @@ from app.dialects import predictions
 from app.dialects.body import NO_PICTURES, Asked, checked, read_json
 from app.dialects.models import card_named
 from app.dialects.predictions import EVENTS, VERSIONS, Input, Published, prediction, published_as, version_id
-from app.dialects.synchronous import Call, accept
-from app.errors import Shown, Words
+from app.dialects.retries import Retry, adopted, retry_of
+from app.dialects.synchronous import Call, accept, comes_back
+from app.errors import ClientGone, Shown, Words
 from app.jobs import Jobs
 from app.refusals import Refusal
 from app.schemas import MAX_WAIT_S
@@ -50,6 +51,7 @@ ANSWER_WITHIN_S = 0.3
 
 PAGE = 100
 DURATION = re.compile(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s?)?", re.ASCII)
+MOMENT = re.compile(r"\d{1,20}(-\d{1,20}){1,2}", re.ASCII)
 HEXADECIMAL = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 TITLES = {401: "Unauthenticated", 404: "Not Found", 422: "Input validation failed", 429: "Too Many Requests"}
@@ -86,24 +88,24 @@ class Wanted:
 @router.post("/v1/predictions")
 async def create(request: Request, jobs: JobsDep, gateway: GatewayDep) -> Response:
     """A prediction by a version of a model."""
-    asked = checked(Create, await read_json(request))
-    if asked.version is None:
+    body = await read_json(request)
+    version = checked(Create, body).version
+    if version is None:
         raise InvalidField("version", Shown(None), "the id of a version, owner/name or owner/name:version")
-    return await _create(asked, await _by_version(asked.version, gateway), request, jobs)
+    return await _create(body, await _by_version(version, gateway), request, jobs, gateway)
 
 
 @router.post("/v1/models/{owner}/{name}/predictions")
 async def create_by_model(owner: str, name: str, request: Request, jobs: JobsDep, gateway: GatewayDep) -> Response:
     """A prediction by the latest version of a model."""
-    asked = checked(Create, await read_json(request))
-    return await _create(asked, await _by_name(owner, name, gateway), request, jobs)
+    return await _create(await read_json(request), await _by_name(owner, name, gateway), request, jobs, gateway)
 
 
 @router.post("/v1/deployments/{owner}/{name}/predictions")
 async def create_by_deployment(owner: str, name: str, request: Request, jobs: JobsDep, gateway: GatewayDep) -> Response:
     """The same: here every model is deployed under its name."""
-    asked = checked(Create, await read_json(request))
-    return await _create(asked, await _by_name(owner, name, gateway, deployed=True), request, jobs)
+    wanted = await _by_name(owner, name, gateway, deployed=True)
+    return await _create(await read_json(request), wanted, request, jobs, gateway)
 
 
 @router.get("/v1/predictions")
@@ -201,15 +203,18 @@ def render(said: Refusal) -> Response:
     return JSONResponse(problem, said.status, said.headers, media_type="application/problem+json")
 
 
-async def _create(asked: Create, wanted: Wanted, request: Request, jobs: Jobs) -> Response:
+async def _create(body: dict[str, Any], wanted: Wanted, request: Request, jobs: Jobs, gateway: Gateway) -> Response:
     """Accepts the prediction and answers at once, or with `Prefer: wait` once it has ended or the time is up.
 
     While it has not ended the answer says `starting`: clients take any other word for an end.
     """
-    view = await accept(_call(asked, wanted, _cancel_after_s(request)), jobs, request, webhook=_webhook(asked))
+    asked = checked(Create, body)
+    call = _call(body, asked, wanted, _cancel_after_s(request))
+    retry = None if comes_back(request) else await retry_of(request, jobs)
+    view = await adopted(jobs, gateway, retry) or await accept(call, jobs, request, webhook=_webhook(asked))
     hold_s, status = preferred_wait_s(request, unsaid=MAX_WAIT_S), 201
     if hold_s is not None:
-        view = await jobs.hold(view, max(1, hold_s) - ANSWER_WITHIN_S)
+        view = await _held(view, jobs, gateway, max(1, hold_s) - ANSWER_WITHIN_S, retry)
         status = 201 if view.status in TERMINAL else 202
     said = prediction(view, jobs.links)
     if view.status not in TERMINAL:
@@ -217,7 +222,17 @@ async def _create(asked: Create, wanted: Wanted, request: Request, jobs: Jobs) -
     return JSONResponse(said, status, {"location": said["urls"]["get"]})
 
 
-def _call(asked: Create, wanted: Wanted, cancel_after_s: int | None) -> Call:
+async def _held(view: JobView, jobs: Jobs, gateway: Gateway, hold_s: float, retry: Retry | None) -> JobView:
+    """The job at the end of the wait. ClientGone: it goes on, and a client that asks again by itself gets it."""
+    try:
+        return await jobs.hold(view, hold_s)
+    except ClientGone:
+        if retry is not None:
+            await gateway.queue.orphans.leave(retry.request, view.job.id)
+        raise
+
+
+def _call(sent: dict[str, Any], asked: Create, wanted: Wanted, cancel_after_s: int | None) -> Call:
     if asked.input.get("image"):
         raise InvalidField("image", Words("given"), NO_PICTURES)
     given = checked(Input, asked.input)
@@ -233,6 +248,7 @@ def _call(asked: Create, wanted: Wanted, cancel_after_s: int | None) -> Call:
     }
     return Call(
         dialect="replicate",
+        sent=[sent, cancel_after_s],
         asked=given,
         create=predictions.fields_of(given, wanted.card, wanted.published) | {"deadline_s": cancel_after_s},
         names=predictions.names_of(given),
@@ -314,5 +330,4 @@ async def _streamed(view: JobView, jobs: Jobs, seen: tuple[int, ...]) -> AsyncGe
 
 def _moment(id: str) -> tuple[int, ...]:
     """The place of an event of a stream among the others; before all if it is none of ours."""
-    parts = id.split("-")
-    return tuple(map(int, parts)) if 2 <= len(parts) <= 3 and all(p.isascii() and p.isdigit() for p in parts) else ()
+    return tuple(map(int, id.split("-"))) if MOMENT.fullmatch(id) else ()

@@ -5,6 +5,8 @@ One picture a call, asked for by a form, answered as bytes or, to who accepts JS
 
 from __future__ import annotations
 
+import hashlib
+import re
 from base64 import b64encode
 from typing import Annotated, Any, Literal
 
@@ -13,7 +15,7 @@ from pydantic import Field, field_validator
 from starlette.responses import JSONResponse
 
 from app.deps import CallerDep, GatewayDep, JobsDep
-from app.dialects.body import NO_PICTURES, Asked, checked, read_form
+from app.dialects.body import NO_PICTURES, Asked, Form, checked, read_form
 from app.dialects.models import card_named
 from app.dialects.sizes import of_ratio
 from app.dialects.synchronous import Call, accept, finish, succeeded
@@ -66,6 +68,8 @@ NAMES = {
     500: "internal_error",
 }
 
+OUR_REQUEST_ID = re.compile(r"(req_)?[0-9a-f]{16,32}", re.ASCII)
+
 router = APIRouter(include_in_schema=False)
 
 
@@ -106,7 +110,7 @@ async def generate(service: Annotated[str, Path()], request: Request, jobs: Jobs
         card = await card_named(gateway.catalog, named)
     except UnknownModel as error:
         raise InvalidField("model", Shown(named), str(error).partition("; ")[2]) from error
-    call = _call(asked, card)
+    call = _call(form, asked, card)
     if "respond-async" in request.headers.get("prefer", "").lower():
         view = await accept(call, jobs, request)
         return JSONResponse({"id": view.job.id}, headers={"preference-applied": "respond-async"})
@@ -129,16 +133,27 @@ async def other(service: Annotated[str, Path()], _caller: CallerDep) -> Response
 
 
 def render(said: Refusal) -> Response:
-    """Stability's error object; its id is our request id, which our log knows."""
+    """Stability's error object."""
     status = STATUS.get(said.status, said.status)
     if said.code == "unknown_model":
         status = 400
     name = NAMES.get(status) or said.code
     message = f"{said.field}: {said.message.removeprefix(said.field).strip()}" if said.field else said.message
-    return JSONResponse({"id": said.request_id, "name": name, "errors": [message]}, status, said.headers)
+    error_id = name if status == 429 else _error_id(said.request_id)  # that name is its id there, too
+    return JSONResponse({"id": error_id, "name": name, "errors": [message]}, status, said.headers)
 
 
-def _call(asked: StableImage, card: ModelCard) -> Call:
+def _error_id(request_id: str) -> str:
+    """32 hexadecimal digits, as theirs are.
+
+    Of an id that we gave the request they are its own digits behind zeros, so that our log knows them.
+    """
+    if OUR_REQUEST_ID.fullmatch(request_id):
+        return request_id.removeprefix("req_").zfill(32)
+    return hashlib.sha256(request_id.encode()).hexdigest()[:32]
+
+
+def _call(form: Form, asked: StableImage, card: ModelCard) -> Call:
     prompt = asked.prompt if asked.style_preset is None else f"{asked.prompt}, {STYLES[asked.style_preset]}"
     create: dict[str, Any] = {
         "model": card.name,
@@ -149,7 +164,7 @@ def _call(asked: StableImage, card: ModelCard) -> Call:
         "output_format": asked.output_format,
         "guidance_scale": asked.cfg_scale,
     }
-    return Call(dialect="stability", asked=asked, create=create, names=OUR_NAMES)
+    return Call(dialect="stability", sent=[form.text, sorted(form.files)], asked=asked, create=create, names=OUR_NAMES)
 
 
 async def _answer(view: JobView, jobs: Jobs, request: Request) -> Response:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,12 +12,13 @@ from starlette.requests import Request
 
 from app.deps import Gateway
 from app.dialects.body import checked, in_their_words
-from app.errors import ClientGone, GenerationCanceled, GenerationFailed, NotInTime, ShuttingDown
+from app.dialects.retries import Retry, adopted, wait_for_retry
+from app.errors import ClientGone, GenerationCanceled, GenerationFailed, NotInTime, ShuttingDown, StillMaking
 from app.idempotency import HEADER as IDEMPOTENCY_KEY
 from app.idempotency import idempotency
 from app.jobs import Jobs
 from app.schemas import GenerationCreate
-from worker.contract.errors import DarkroomError, InvalidField, QueueUnavailable, UnknownGeneration
+from worker.contract.errors import InvalidField, QueueUnavailable
 from worker.contract.job import TERMINAL, JobView, Webhook
 from worker.contract.queue import Idempotency
 
@@ -32,19 +31,11 @@ class Call:
     """One call of a vendor's client: what it asks for in our words and in its own."""
 
     dialect: str
+    sent: Any  # the body as it was read, with what else decides on the job; JSON-ready
     asked: BaseModel
     create: dict[str, Any]  # fields of GenerationCreate; None: not said
     names: Mapping[str, str] = field(default_factory=dict)  # our field names to theirs, where they differ
     echo: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Retry:
-    """What is known of a client that tries a call again when its connection breaks."""
-
-    request: str  # stands for who asks and for what; the same in every try
-    count: int  # tries before this one
-    next_within_s: float  # should this one's connection break
 
 
 async def accept(
@@ -61,7 +52,7 @@ async def accept(
     All that Jobs.accept raises; a wrong field under the name that the client knows.
     """
     fields = {name: value for name, value in call.create.items() if value is not None}
-    if hold_s is not None:
+    if hold_s is not None and not comes_back(request):
         fields.setdefault("deadline_s", math.ceil(hold_s))  # should this gateway die, nobody waits any longer
     try:
         create = checked(GenerationCreate, fields)
@@ -70,7 +61,7 @@ async def accept(
             dialect=call.dialect,
             echo=call.echo,
             webhook=webhook,
-            idempotency=_once(create, jobs, request),
+            idempotency=_once(call, jobs, request),
             hold_s=hold_s,
         )
     except InvalidField as error:
@@ -78,58 +69,54 @@ async def accept(
 
 
 async def finish(call: Call, jobs: Jobs, gateway: Gateway, request: Request, retry: Retry | None = None) -> JobView:
-    """The job of a call once it has succeeded; it is canceled when nobody waits for it any more.
+    """The job of a call once it has succeeded; it is canceled when nobody waits for it or comes back for it any more.
 
     retry: the client will ask again by itself if its connection breaks; then it gets the same job.
-    All that Jobs.accept raises, GenerationFailed, GenerationCanceled, NotInTime, ShuttingDown, ClientGone.
+    All that Jobs.accept raises, GenerationFailed, GenerationCanceled, NotInTime, StillMaking, ShuttingDown, ClientGone.
     """
-    hold_s = gateway.settings.hold_s
-    comes_back = IDEMPOTENCY_KEY in request.headers  # for the same job, by its key
-    view = await _adopted(jobs, gateway, retry) or await accept(call, jobs, request, hold_s=hold_s)
+    hold_s, keyed = gateway.settings.hold_s, comes_back(request)
+    if keyed:
+        retry = None  # the key says it better
+    view = await adopted(jobs, gateway, retry) or await accept(call, jobs, request, hold_s=hold_s)
     try:
-        view = await jobs.hold(view, hold_s, cancel_if_gone=retry is None and not comes_back)
+        view = await jobs.hold(view, hold_s, cancel_if_gone=retry is None and not keyed)
     except ClientGone:
-        if retry is not None and not comes_back:
-            await _wait_for_retry(view, gateway, retry)
+        if retry is not None:
+            await wait_for_retry(view, gateway, retry)
         raise
     if view.status not in TERMINAL:
-        view = await _given_up(view, gateway, retry)
+        view = await (_left_running(view, gateway) if keyed else _given_up(view, gateway, retry))
     return succeeded(view)
 
 
-def _once(create: GenerationCreate, jobs: Jobs, request: Request | None) -> Idempotency | None:
+def comes_back(request: Request | None) -> bool:
+    """Whether a client can ask for the same job again, by its key: the job goes on when it stops waiting."""
+    return request is not None and IDEMPOTENCY_KEY in request.headers
+
+
+def _once(call: Call, jobs: Jobs, request: Request | None) -> Idempotency | None:
+    """What the key stands for: what was sent, not what it came to, which changes with the models that are held."""
     key = None if request is None else request.headers.get(IDEMPOTENCY_KEY)
     if request is None or key is None:
         return None
-    route = f"POST {request.url.path}"
-    return idempotency(key, owner=jobs.caller.id, route=route, request=create.model_dump(mode="json"))
+    return idempotency(key, owner=jobs.caller.id, route=f"POST {request.url.path}", request=call.sent)
 
 
-async def _adopted(jobs: Jobs, gateway: Gateway, retry: Retry | None) -> JobView | None:
-    """The job of the same call's last try, if that lost its connection."""
-    if retry is None or not retry.count:
-        return None
-    with contextlib.suppress(UnknownGeneration):
-        if job_id := await gateway.queue.orphans.adopt(retry.request):
-            view = await jobs.get(job_id)
-            return None if view.status == "canceled" else view
-    return None
-
-
-async def _wait_for_retry(view: JobView, gateway: Gateway, retry: Retry) -> None:
-    """Cancels the job unless somebody adopts it before a retry would have come."""
-    job_id, orphans = view.job.id, gateway.queue.orphans
-    with contextlib.suppress(DarkroomError):
-        await orphans.leave(retry.request, job_id)
-        await asyncio.sleep(retry.next_within_s)
-        if await orphans.take_back(retry.request, job_id):
-            await gateway.queue.cancel(job_id)
+async def _left_running(view: JobView, gateway: Gateway) -> JobView:
+    """The job, if it has ended after all. StillMaking, ShuttingDown: its key finds it. GenerationFailed."""
+    try:
+        view = await gateway.queue.view(view.job.id)
+    except QueueUnavailable as error:
+        raise _lost(error) from error
+    if view.status in TERMINAL:
+        return view
+    raise ShuttingDown if gateway.draining.is_set() else StillMaking(gateway.settings.hold_s)
 
 
 async def _given_up(view: JobView, gateway: Gateway, retry: Retry | None) -> JobView:
-    """The job, if it has ended after all. NotInTime, ShuttingDown: a retry may go on with it at another gateway.
+    """The job, if it has succeeded after all. NotInTime, ShuttingDown: a retry may go on with it at another gateway.
 
-    GenerationFailed: nobody knows how far it is. Not QueueUnavailable, after which clients ask again: it may be made.
+    GenerationFailed.
     """
     job_id, draining = view.job.id, gateway.draining.is_set()
     try:
@@ -138,8 +125,13 @@ async def _given_up(view: JobView, gateway: Gateway, retry: Retry | None) -> Job
         elif (view := await gateway.queue.cancel(job_id)).status == "succeeded":
             return view
     except QueueUnavailable as error:
-        raise GenerationFailed(error.code, "the queue went away while the picture was being made") from error
+        raise _lost(error) from error
     raise ShuttingDown if draining else NotInTime(gateway.settings.hold_s)
+
+
+def _lost(error: QueueUnavailable) -> GenerationFailed:
+    """Nobody knows how far the job is. Not QueueUnavailable, after which clients ask again: it may be made."""
+    return GenerationFailed(error.code, "the queue went away while the picture was being made")
 
 
 def succeeded(view: JobView) -> JobView:
