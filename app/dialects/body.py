@@ -18,6 +18,9 @@ from worker.contract.errors import InvalidField
 
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 MAX_PARTS = 64
+MAX_DEPTH = 64
+"""How deep a body is nested at most: what can be read may be too deep to be written again."""
+
 ALLOWED = "; allowed: "
 """What stands between an InvalidField's value and what is allowed."""
 
@@ -57,7 +60,17 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise BrokenJson("a number in it is too long") from error
     if not isinstance(data, dict):
         raise InvalidField("body", Shown(data), "a JSON object")
+    if _is_deep(data):
+        raise BrokenJson("nested too deeply")
     return data
+
+
+def _is_deep(data: Any) -> bool:
+    layer = [data]
+    for _ in range(MAX_DEPTH):
+        holders = (value.values() if isinstance(value, dict) else value for value in layer)
+        layer = [inner for holder in holders for inner in holder if isinstance(inner, dict | list)]
+    return bool(layer)
 
 
 @dataclass(frozen=True)
