@@ -15,6 +15,7 @@ from PIL import Image
 from app.settings import GatewaySettings
 from tests.app.dialects.conftest import Live
 from tests.app.dialects.painter import Painter, picture_of
+from tests.app.dialects.shapes import assert_stability
 from tests.processes import wait_until
 from worker.contract.job import Failure
 
@@ -63,7 +64,7 @@ def assert_refused(answer: httpx.Response, status: int, name: str, text: str) ->
     said = answer.json()
     assert (answer.status_code, said["name"]) == (status, name), said
     assert said.keys() == {"id", "name", "errors"}
-    assert said["id"] == answer.headers["x-request-id"]
+    assert said["id"] == answer.headers["x-request-id"].removeprefix("req_").zfill(32)
     assert len(said["errors"]) == 1
     assert text in said["errors"][0]
 
@@ -172,6 +173,7 @@ def test_core_and_ultra_are_answered_by_large(live: Live, service: str) -> None:
         ({"prompt": "x" * 10_001}, "allowed: text of 1 to 10,000 characters"),
         ({"aspect_ratio": "2:1"}, "allowed: 21:9, 16:9"),
         ({"model": "sd4"}, "known models: sd3.5-large"),
+        ({"model": "sd3.5-flash"}, 'model: is "sd3.5-flash"; allowed: known models: sd3.5-large'),
         ({"seed": 4294967295}, "allowed: a whole number from 0 to 4294967294; 0: random"),
         ({"seed": "lucky"}, 'seed: is "lucky"'),
         ({"output_format": "gif"}, "allowed: png, jpeg, webp"),
@@ -183,6 +185,14 @@ def test_core_and_ultra_are_answered_by_large(live: Live, service: str) -> None:
 )
 def test_wrong_field_is_a_bad_request(live: Live, form: dict[str, Any], text: str) -> None:
     assert_refused(post(live, **form), 400, "bad_request", text)
+
+
+@pytest.mark.parametrize("request_id", ["mine", "0" * 32, "x" * 128])
+def test_error_has_an_id_of_32_digits_whatever_the_client_calls_its_request(live: Live, request_id: str) -> None:
+    headers = {"x-request-id": request_id}
+    answer = httpx.post(live.url + SD3, files={"none": ""}, headers=headers, trust_env=False)
+    assert_stability(answer)
+    assert answer.headers["x-request-id"] == request_id
 
 
 def test_picture_as_input_is_refused(live: Live) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -14,6 +14,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from app.settings import GatewaySettings
 from tests.app.dialects.conftest import Live
 from tests.app.dialects.painter import Painter
+from tests.app.dialects.shapes import (
+    assert_deepinfra,
+    assert_huggingface,
+    assert_openai,
+    assert_replicate,
+    assert_stability,
+)
 from worker.contract.keys import Keyring, new_key
 
 PROMPT = "a red circle"
@@ -79,6 +86,47 @@ def test_right_key_gets_pictures_and_urls_that_need_no_key(guarded: Live, key: s
     assert "signature=" in url
     assert httpx.get(url, trust_env=False).headers["content-type"] == "image/png"
     assert httpx.get(url.partition("?")[0], trust_env=False).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("path", "request_", "check", "words"),
+    [
+        ("/openai/v1/images/generations", {"json": {"prompt": PROMPT}}, assert_openai, '"type":"rate_limit_error"'),
+        ("/v1/openai/images/generations", {"json": {"prompt": PROMPT}}, assert_openai, '"type":"rate_limit_error"'),
+        ("/v1/inference/tiny", {"json": {"prompt": PROMPT}}, assert_deepinfra, "more than 1/minute requests"),
+        ("/huggingface/tiny", {"json": {"inputs": PROMPT}}, assert_huggingface, '"error_type":"rate_limited"'),
+        (
+            "/v1/models/darkroom/tiny/predictions",
+            {"json": {"input": {"prompt": PROMPT}}},
+            assert_replicate,
+            "throttled",
+        ),
+        (
+            "/v2beta/stable-image/generate/sd3",
+            {"files": {"prompt": (None, PROMPT), "model": (None, "tiny")}},
+            assert_stability,
+            '"id":"rate_limit_exceeded","name":"rate_limit_exceeded"',
+        ),
+    ],
+)
+def test_key_that_asks_too_often_is_told_in_each_vendors_shape(
+    guarded: Live,
+    settings: GatewaySettings,
+    path: str,
+    request_: dict[str, Any],
+    check: Callable[[httpx.Response], None],
+    words: str,
+) -> None:
+    with Keyring.connect(settings) as keyring:
+        limited, text = new_key("limited", rate="1/minute")
+        keyring.add(limited)
+    assert ask(guarded, path, text, **request_).status_code in {200, 201}
+    refused = ask(guarded, path, text, **request_)
+    assert refused.status_code == 429
+    check(refused)
+    assert words in refused.text
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert refused.headers.get("x-should-retry", "true") == "true"
 
 
 def test_result_of_another_key_is_not_found(guarded: Live, settings: GatewaySettings, key: str) -> None:
