@@ -107,7 +107,7 @@ class FakeWorker:
         self._intake.progress({claim: Progress(step=steps, steps=steps)})
         result = Result(
             pictures=pictures,
-            warnings=("prompt was cut",),
+            warnings=self.warnings(pictures),
             timings={"denoise": 0.25},
             expires_at=expires_at,
             fingerprint="fp_fake",
@@ -118,6 +118,10 @@ class FakeWorker:
     def paint(self, job: Job, params: GenerationParams) -> bytes:
         """The file of a picture."""
         return picture_bytes(job, params)
+
+    def warnings(self, pictures: tuple[Picture, ...]) -> tuple[str, ...]:
+        """What its owner is told of a job that succeeded."""
+        return ("prompt was cut",)
 
     def _store_picture(self, claim: Claim, n: int) -> Picture:
         job, params = claim.job, claim.job.params.nth(n)
