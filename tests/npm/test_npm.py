@@ -18,6 +18,7 @@ from app.settings import GatewaySettings
 from tests.app.dialects.conftest import Live
 from tests.app.dialects.painter import Painter, picture_of
 from tests.conftest import Valkey
+from worker.contract.job import Failure
 
 pytestmark = [
     pytest.mark.npm,
@@ -48,6 +49,12 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("npm") / "in.png"
     path.write_bytes(picture_of(64, 64, "png"))
     return path
+
+
+@pytest.fixture
+def settings(redis_url: str, tmp_path: Path) -> GatewaySettings:
+    """Of a gateway for one test."""
+    return GatewaySettings(redis_url=redis_url, store_dir=tmp_path / "pictures", hold_s=20)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +119,21 @@ def test_ai_sdk_reads_the_refusals_of_three_vendors(clients: Path, live: Live, p
     assert "images/edits is not served here" in said["deepinfraEdit"]["message"]
     assert "width is 100; allowed: a multiple of 16" in said["deepinfraRefused"]["message"]
     assert "aspect_ratio" in said["replicateRefused"]["message"]
+
+
+def test_ai_sdk_makes_one_job_of_a_call_that_fails(clients: Path, settings: GatewaySettings) -> None:
+    with Painter(settings, Failure(code="out_of_memory", message="the GPU is full")), Live(settings) as failing:
+        said = said_by(clients, "retries.mjs", failing.url)
+        assert "the GPU is full" in said["openai"]["message"]
+        assert "the GPU is full" in said["deepinfra"]["message"]
+        assert said["replicate"]["error"] == "AI_APICallError"  # it does not read what became of a prediction
+        assert [job["status"] for job in failing.jobs()] == ["failed"] * 3
+
+
+def test_ai_sdk_makes_one_job_of_a_call_that_takes_too_long(clients: Path, settings: GatewaySettings) -> None:
+    with Painter(settings) as worker, Live(settings.model_copy(update={"hold_s": 1.0})) as slow:
+        worker.go_on.clear()
+        said = said_by(clients, "retries.mjs", slow.url)
+        assert "not ready within 1 s" in said["openai"]["message"]
+        assert "not ready within 1 s" in said["deepinfra"]["message"]
+        assert len(slow.jobs()) == 3
