@@ -7,6 +7,7 @@ DarkroomError (worker/contract/errors.py)
 ├── UnsupportedMediaType    a body that does not say it is what the route takes
 ├── BodyTooLarge            a body over the limit
 ├── BodyTooSlow             a body that did not arrive in time
+├── TooManyLargeBodies      a large body, while as many as fit are being read
 ├── Unauthorized            no API key, or one that is not valid (any more)
 ├── Forbidden               an API key that may not do this
 ├── ForeignPage             a web page of somebody else's, where API keys are off
@@ -105,6 +106,16 @@ class BodyTooSlow(DarkroomError):
 
     def __init__(self, timeout_s: float) -> None:
         super().__init__(f"the body did not arrive within {timeout_s:g} s")
+
+
+class TooManyLargeBodies(DarkroomError):
+    """A large body came while as many as may be in memory were there."""
+
+    code = "busy"
+    retry_after_s = 1
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"{most} large bodies are being read, as many as may be at once; send it again")
 
 
 class Unauthorized(DarkroomError):

@@ -19,12 +19,13 @@ from structlog.typing import FilteringBoundLogger
 
 from app import refusals
 from app.auth import KEY_SCHEME, Doorkeeper
+from app.connection import PunctualProtocol
 from app.deps import Gateway
 from app.dialects import deepinfra, huggingface, openai, replicate, stability
 from app.limits import Catalog
 from app.logs import make_log, uvicorn_log_config
 from app.metrics import Metrics
-from app.middleware import BodyLimit, RequestContext
+from app.middleware import BodyLimit, LastResort, RequestContext
 from app.pages import PageGuard
 from app.routes import events, generations, health, images, models, playground
 from app.schemas import ANY_REFUSAL, DESCRIPTION, TAGS
@@ -132,8 +133,8 @@ def _add_middleware(app: FastAPI, gateway: Gateway) -> None:
         from app.tracing import Tracing  # with it comes OpenTelemetry
 
         app.add_middleware(Tracing, tracer=gateway.traces.tracer)
-    app.add_middleware(RequestContext, metrics=gateway.metrics, log=gateway.log)
-    if settings.origins:  # outside all else, so that pages can read every refusal, those of our own failures too
+    app.add_middleware(LastResort, log=gateway.log)
+    if settings.origins:  # outside all that refuses, so that pages can read every refusal, our own failures too
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.origins,
@@ -141,6 +142,7 @@ def _add_middleware(app: FastAPI, gateway: Gateway) -> None:
             allow_headers=["*"],
             expose_headers=EXPOSED_HEADERS,
         )
+    app.add_middleware(RequestContext, metrics=gateway.metrics, log=gateway.log)
 
 
 def serve(settings: GatewaySettings) -> None:
@@ -150,6 +152,7 @@ def serve(settings: GatewaySettings) -> None:
         app,
         host=settings.host,
         port=settings.port,
+        http=PunctualProtocol,
         log_config=uvicorn_log_config(settings.log_format),
         access_log=False,
         server_header=False,

@@ -1,4 +1,4 @@
-"""What every request passes: its id, log line and metrics, the answer to what nobody caught, the bounds of its body."""
+"""What every request passes: its id, log line and metrics; the answer to what nobody caught; the bounds of its body."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.typing import FilteringBoundLogger
 
-from app.errors import BodyTooLarge, BodyTooSlow
+from app.errors import BodyTooLarge, BodyTooSlow, TooManyLargeBodies
 from app.metrics import Metrics
 from app.refusals import internal_error, refusal
 from worker.contract.errors import DarkroomError
@@ -27,10 +27,12 @@ FACTS = ("generation", "model", "dialect", "error_code", "cause")
 
 CLIENT_GONE = 499
 DISCARD_BYTES = 1_048_576
+LARGE_BODIES = 16
+"""Bodies over the usual limit, as forms may have, that are in memory at once: who has no key may send them too."""
 
 
 class RequestContext:
-    """Gives each request an id, logs and counts it, and answers 500 to what nobody caught."""
+    """Gives each request an id, logs and counts it."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, log: FilteringBoundLogger) -> None:
         self._app, self._metrics, self._log = app, metrics, log
@@ -56,10 +58,6 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, send_with_id)
-        except Exception:
-            self._log.exception("request_failed", request_id=request_id, route=_route(scope))
-            if status == CLIENT_GONE:
-                await internal_error(scope)(scope, receive, send_with_id)
         finally:
             self._record(scope, status, time.perf_counter() - started)
 
@@ -95,67 +93,119 @@ class RequestContext:
         self._metrics.generations.labels(model, dialect, outcome, reason).inc()
 
 
+class LastResort:
+    """Answers 500 to what nobody caught, and logs it."""
+
+    def __init__(self, app: ASGIApp, log: FilteringBoundLogger) -> None:
+        self._app, self._log = app, log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        answering = False
+
+        async def noting_send(message: Message) -> None:
+            nonlocal answering
+            answering = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting_send)
+        except Exception:
+            self._log.exception("request_failed", request_id=scope["state"]["request_id"], route=_route(scope))
+            if not answering:
+                await internal_error(scope)(scope, receive, send)
+
+
 class BodyLimit:
-    """Reads the body before the app does, at most so many bytes and so many seconds; forms may be larger."""
+    """Reads the body before the app does: so many bytes, in so many seconds; forms may be larger, a few at once."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_multipart_bytes: int, timeout_s: float) -> None:
         self._app, self._timeout_s = app, timeout_s
         self._max_bytes, self._max_multipart_bytes = max_bytes, max_multipart_bytes
+        self._large = 0  # bodies over max_bytes that are in memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
         headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
         if "content-length" not in headers and "transfer-encoding" not in headers:
             return await self._app(scope, receive, send)
+        body = bytearray()
+        try:
+            try:
+                whole = await self._receive(body, headers, receive)
+            except DarkroomError as error:
+                return await _refuse(error, scope, receive, send)
+            if whole:  # else the client went away
+                await self._app(scope, _replaying(body, receive), send)
+        finally:
+            self._large -= len(body) > self._max_bytes
+
+    async def _receive(self, body: bytearray, headers: Headers, receive: Receive) -> bool:
+        """Reads into `body`, unless it is refused for its size or its time; False if the client went away."""
         form = headers.get("content-type", "").lower().startswith("multipart/")
         most = self._max_multipart_bytes if form else self._max_bytes
-        too_large, body = BodyTooLarge(most), bytearray()
         if _announced_too_large(headers, most):
-            return await _refuse(too_large, scope, receive, send)
+            raise BodyTooLarge(most)
         try:
             async with asyncio.timeout(self._timeout_s):
-                whole = await _read(receive, body, most)
+                whole = await self._read(receive, body, most)
         except TimeoutError:
-            error = too_large if len(body) > most else BodyTooSlow(self._timeout_s)
-            return await _refuse(error, scope, receive, send)
-        if not whole:
-            return None  # the client went away
-        if len(body) > most:
-            return await _refuse(too_large, scope, receive, send)
-        unread = True
+            raise BodyTooLarge(most) if len(body) > most else BodyTooSlow(self._timeout_s) from None
+        if whole and len(body) > most:
+            raise BodyTooLarge(most)
+        return whole
 
-        async def replay() -> Message:
-            nonlocal unread
-            if not unread:
-                return await receive()
-            unread = False
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
+    async def _read(self, receive: Receive, body: bytearray, most: int) -> bool:
+        """Reads into `body` until it ends; False if the client went away.
 
-        return await self._app(scope, replay, send)
+        Reads some way past what is kept: a client that is still sending when the connection closes never sees the
+        answer.
+        """
+        seen, more, fits = 0, True, True
+        while more and seen <= most + DISCARD_BYTES:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return False
+            chunk = message.get("body", b"")
+            seen += len(chunk)
+            fits = fits and self._has_room(len(body), len(chunk))
+            if fits and len(body) <= most:
+                body += chunk
+            more = message.get("more_body", False)
+        if not fits:
+            raise TooManyLargeBodies(LARGE_BODIES)
+        return True
+
+    def _has_room(self, size: int, more: int) -> bool:
+        """Whether a body may grow by so many bytes; if that makes it a large one, it is counted."""
+        if not size <= self._max_bytes < size + more:
+            return True
+        if self._large == LARGE_BODIES:
+            return False
+        self._large += 1
+        return True
+
+
+def _replaying(body: bytearray, receive: Receive) -> Receive:
+    """Receives a body that was read before, and then what else comes."""
+    unread = True
+
+    async def replay() -> Message:
+        nonlocal unread
+        if not unread:
+            return await receive()
+        unread = False
+        return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+    return replay
 
 
 def _announced_too_large(headers: Headers, most: int) -> bool:
     """Whether the client asks first if it may send a body that it may not."""
     declared = headers.get("content-length", "0")
     return "expect" in headers and (len(declared) > 18 or int(declared) > most)
-
-
-async def _read(receive: Receive, body: bytearray, most: int) -> bool:
-    """Reads into `body` until it ends; False if the client went away.
-
-    Reads some way past the limit: a client that is still sending when the connection closes never sees the answer.
-    """
-    seen, more = 0, True
-    while more and seen <= most + DISCARD_BYTES:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return False
-        chunk = message.get("body", b"")
-        seen += len(chunk)
-        if len(body) <= most:
-            body += chunk
-        more = message.get("more_body", False)
-    return True
 
 
 async def _refuse(error: DarkroomError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -70,6 +70,7 @@ STATUS: dict[type[DarkroomError], int] = {
     contract.StoreUnavailable: 503,
     contract.SchemaUnknown: 503,
     errors.ShuttingDown: 503,
+    errors.TooManyLargeBodies: 503,
     errors.NotInTime: 504,
     errors.StillMaking: 504,
 }

@@ -49,7 +49,7 @@ class Tracing:
             await self._app(scope, receive, send_and_look)
         except Exception as error:
             if status == CLIENT_GONE:
-                status = 500  # as RequestContext will answer
+                status = 500  # as LastResort will answer
             span.set_attribute("error.type", type(error).__name__)
             raise
         finally:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 from pydantic import ValidationError
 
+from app import middleware
+from app.logs import make_log
 from app.main import create_app
 from app.settings import GatewaySettings
 from tests.app.conftest import client_of, until
@@ -57,6 +61,22 @@ async def test_pages_of_an_origin_that_is_allowed_may_call_and_read_refusals(set
         assert "retry-after" in answer.headers["access-control-expose-headers"]
         assert answer.headers["x-request-id"]
     assert "access-control-allow-origin" not in stranger.headers
+
+
+@pytest.mark.parametrize("asked_by_origin", [STUDIO, "https://evil.example"])
+async def test_preflight_has_a_request_id_and_a_line_in_the_log(
+    settings: GatewaySettings, log_lines: io.StringIO, asked_by_origin: str
+) -> None:
+    allowing = settings.model_copy(update={"cors_origins": STUDIO})
+    queue = JobQueue.connect(allowing)
+    async with client_of(create_app(allowing, queue, log=make_log("json", log_lines))) as client:
+        headers = asked_by(asked_by_origin, access_control_request_method="POST", x_request_id="r-1")
+        answer = await client.options("/v1/generations", headers=headers)
+    await queue.close()
+    assert answer.headers["x-request-id"] == "r-1"
+    (line,) = map(json.loads, log_lines.getvalue().splitlines())
+    assert (line["request_id"], line["method"], line["route"]) == ("r-1", "OPTIONS", "/v1/generations")
+    assert line["status"] == answer.status_code
 
 
 @pytest.mark.parametrize(
@@ -122,6 +142,40 @@ async def test_form_may_be_larger_than_json_and_is_bounded_too(settings: Gateway
         ]
     await queue.close()
     assert found == [413, 415, 413]
+
+
+async def test_large_bodies_are_read_a_few_at_a_time_and_others_beside_them(
+    settings: GatewaySettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(middleware, "LARGE_BODIES", 1)
+    small = settings.model_copy(update={"max_body_bytes": 1024, "max_multipart_bytes": 4096})
+    queue = JobQueue.connect(small)
+    sent, rest = asyncio.Event(), asyncio.Event()
+    form = {"content-type": "multipart/form-data; boundary=x"}
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield b"x" * 2000
+        sent.set()
+        await rest.wait()
+        yield b"x"
+
+    async with client_of(create_app(small, queue)) as client:
+
+        async def post(content: Any, headers: dict[str, str]) -> httpx.Response:
+            return await client.post("/v1/generations", content=content, headers=headers)
+
+        first = asyncio.create_task(post(slowly(), form))
+        await sent.wait()
+        second = await post(b"x" * 2000, form)
+        others = [(await post(b"x" * size, headers)).status_code for size, headers in ((500, form), (500, {}))]
+        rest.set()
+        assert (await first).status_code == 415
+        again = await post(b"x" * 2000, form)
+    await queue.close()
+    assert (second.status_code, second.json()["error"]["code"]) == (503, "busy")
+    assert second.headers["retry-after"] == "1"
+    assert others == [415, 415]
+    assert again.status_code == 415
 
 
 async def test_trace_of_the_caller_goes_with_the_job(settings: GatewaySettings, worker: FakeWorker) -> None:
