@@ -30,7 +30,8 @@ class Chart:
         """Lowest and highest y."""
         values = [value for line in self.lines.values() for value in line]
         if self.log:
-            return 10 ** math.floor(math.log10(min(values))), 10 ** math.ceil(math.log10(max(values)))
+            low = math.floor(math.log10(min(values)))
+            return 10**low, 10 ** max(low + 1, math.ceil(math.log10(max(values))))
         return 0.0, self.top or 1.1 * max(values)
 
     def ticks(self) -> list[float]:

@@ -23,12 +23,12 @@ from tests.simulation import measure, tables, validation
 from tests.simulation.pace import h100
 from tests.simulation.redis_load import CHANGES, cores
 from tests.simulation.study import MIXES, Answer, Question, answer, capacity
+from worker.main import SPARE_AFTER_S
 
 LOADS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
 JOBS = {1: 2500, 8: 2500, 64: 3000, 256: 4000, 1000: 16_000}
 """By GPUs: so many that a large fleet, too, is watched for half a minute."""
 
-SPARE_AFTER_S = 0.05
 PROCESSES = 2
 
 
@@ -38,11 +38,11 @@ def questions(quick: bool) -> list[Question]:
         spares = (0.0, SPARE_AFTER_S)
         return [Question("mixed", *cell[:2], 300, cell[2]) for cell in product((1, 8), (0.5, 0.9), spares)]
 
-    def ask(mix: str, gpus: Sequence[int], loads: Sequence[float], spare: float = 0.0) -> list[Question]:
+    def ask(mix: str, gpus: Sequence[int], loads: Sequence[float], spare: float = SPARE_AFTER_S) -> list[Question]:
         return [Question(mix, n, load, JOBS[n], spare) for n, load in product(gpus, loads)]
 
     found = ask("mixed", (1, 8, 64, 256), LOADS) + ask("mixed", (1000,), (0.1, 0.5, 0.9))
-    found += ask("mixed", (1, 8, 64, 256), (0.5, 0.9), SPARE_AFTER_S) + ask("mixed", (1000,), (0.5,), SPARE_AFTER_S)
+    found += ask("mixed", (1, 8, 64, 256), (0.5, 0.9), 0.0) + ask("mixed", (1000,), (0.5,), 0.0)
     found += ask("medium", (1, 8, 64), (0.5, 0.7, 0.9)) + ask("bursty", (1, 8, 64), (0.5, 0.7))
     return sorted(found, key=lambda one: -one.jobs * one.load)
 
@@ -58,7 +58,7 @@ def run(cells: Sequence[Question], of_one: dict[str, float]) -> list[Answer]:
 
 
 def draw(answers: Sequence[Answer], path: Path) -> None:
-    """p95 by load; the same if workers let idle ones claim first; Redis' cores by GPUs."""
+    """p95 by load; the same if busy workers claimed as soon as idle ones; Redis' cores by GPUs."""
     mixed = [one for one in answers if one.question.mix == "mixed"]
     least = 0.01
 
@@ -72,15 +72,15 @@ def draw(answers: Sequence[Answer], path: Path) -> None:
         return loads, {name: values for name, values in lost.items() if len(values) == len(loads)}
 
     label = "load, as a share of what the GPUs can do"
-    loads, now = lines(0.0)
-    few_loads, then = lines(SPARE_AFTER_S)
+    loads, now = lines(SPARE_AFTER_S)
+    few_loads, then = lines(0.0)
     shape = tables.typical(answers).shape
-    sizes, drawn = [1.0, 2.0, 3.0], {"as it is": 0, "no scans": 1, "one is told": 3, "progress 1 s": 4}
+    sizes, drawn = [1.0, 2.0, 3.0], {"as it is": 1, "no scans": 2, "one is told": 4, "progress 1 s": 5}
     asked = {name: [max(least, cores(shape, 10**size, CHANGES[n])) for size in sizes] for name, n in drawn.items()}
     plot.save(
         [
             plot.Chart("p95 of seconds lost beside others, mixed", label, loads, now, log=True),
-            plot.Chart("the same, if idle workers claimed first", label, few_loads, then, log=True),
+            plot.Chart("the same, if busy workers asked at once", label, few_loads, then, log=True),
             plot.Chart("cores of Redis, load 0.5", "GPUs, powers of ten", sizes, asked, log=True),
         ],
         path,

@@ -11,6 +11,8 @@ from typing import Generic, Protocol, TypeVar
 
 from worker.contract.job import PRIORITIES, Priority
 
+ROUNDING_S = 1e-9
+
 
 class Queued(Protocol):
     """What waits."""
@@ -32,19 +34,19 @@ J = TypeVar("J", bound=Queued)
 class Line(Generic[J]):
     """One model and priority: its owners take turns, and each one's jobs are first come, first served."""
 
-    jobs: dict[str, deque[J]] = field(default_factory=dict)
+    jobs: dict[str, deque[tuple[float, J]]] = field(default_factory=dict)  # with when each came
     turns: list[tuple[float, str]] = field(default_factory=list)  # a heap
     last_turn: float = 0.0
     came: int = 0
     count: int = 0
 
-    def put(self, job: J) -> None:
+    def put(self, job: J, at: float) -> None:
         """At the end of its owner's."""
         self.count += 1
         if job.owner in self.jobs:
-            self.jobs[job.owner].append(job)
+            self.jobs[job.owner].append((at, job))
             return
-        self.jobs[job.owner] = deque([job])
+        self.jobs[job.owner] = deque([(at, job)])
         self.came += 1
         heapq.heappush(self.turns, (math.floor(self.last_turn) + 1 + self.came % 1e6 / 1e6, job.owner))
 
@@ -52,7 +54,7 @@ class Line(Generic[J]):
         """The first job of the owner whose turn it is."""
         turn, owner = heapq.heappop(self.turns)
         line = self.jobs[owner]
-        job = line.popleft()
+        _, job = line.popleft()
         self.count -= 1
         if line:
             heapq.heappush(self.turns, (turn + 1, owner))
@@ -64,6 +66,10 @@ class Line(Generic[J]):
             self.last_turn, self.came = 0.0, 0
         return job
 
+    def oldest(self) -> float:
+        """When the job came that waits longest; inf if none does."""
+        return min((line[0][0] for line in self.jobs.values()), default=math.inf)
+
 
 class Broker(Generic[J]):
     """All lines."""
@@ -72,14 +78,15 @@ class Broker(Generic[J]):
         self._lines: dict[tuple[str, Priority], Line[J]] = {(m, p): Line() for m in models for p in PRIORITIES}
         self.waiting = dict.fromkeys(models, 0)
 
-    def submit(self, job: J) -> None:
+    def submit(self, job: J, now: float = 0.0) -> None:
         """Puts a job into its line."""
-        self._lines[job.model, job.priority].put(job)
+        self._lines[job.model, job.priority].put(job, now)
         self.waiting[job.model] += 1
 
-    def claim(self, models: Sequence[str], want: int) -> list[J]:
+    def claim(self, models: Sequence[str], want: int, now: float = 0.0, spare_after_s: float = 0.0) -> list[J]:
         """At most `want`: high before normal before low, and one of each model in turn."""
         found: list[J] = []
+        models = [model for model in models if self.offered(model, now, spare_after_s)]
         for priority in PRIORITIES:
             lines = [self._lines[model, priority] for model in models]
             while len(found) < want and (lines := [line for line in lines if line.count]):
@@ -88,3 +95,9 @@ class Broker(Generic[J]):
                     self.waiting[job.model] -= 1
                     found.append(job)
         return found
+
+    def offered(self, model: str, now: float, spare_after_s: float) -> int:
+        """How many jobs of it wait, unless all came less than so long ago."""
+        before = now - spare_after_s + ROUNDING_S
+        waited = any(self._lines[model, priority].oldest() <= before for priority in PRIORITIES)
+        return self.waiting[model] if waited else 0

@@ -12,7 +12,7 @@ from tests.simulation.broker import Broker
 from tests.simulation.gpu import USUAL, Choose, Gpu, Limits, SimJob, profiles
 from tests.simulation.pace import Pace
 from worker.contract.job import Priority
-from worker.main import IDLE_S, PROGRESS_S
+from worker.main import IDLE_S, PROGRESS_S, SPARE_AFTER_S
 from worker.scheduler import pick
 
 ARRIVES, ENDS, DELIVERED, TURN, SPARE = range(5)
@@ -31,15 +31,15 @@ class Coming:
 @dataclass(frozen=True)
 class Site:
     """How the fleet is set up. hop_s: from a submit until a worker's engine has the job, if a worker waits for it.
-    delivery_s: from the last batch to the commit. spare_after_s: how long workers that hold jobs already let others
-    claim first; 0: as `worker.main` does it, not at all."""
+    delivery_s: from the last batch to the commit. spare_after_s: how long workers that have jobs leave new ones to
+    those that have none; 0: they do not."""
 
     gpus: int
     pace: Pace
     limits: Limits = USUAL
     hop_s: float = 0.002
     delivery_s: float = 0.15
-    spare_after_s: float = 0.0
+    spare_after_s: float = SPARE_AFTER_S
     skip_alone: bool = True
     choose: Choose = pick
 
@@ -179,7 +179,7 @@ class Fleet:
 
     def _submit(self, job: SimJob, now: float) -> None:
         """All who have room hear of it and claim, in any order; most come too late."""
-        self._broker.submit(job)
+        self._broker.submit(job, now)
         for model in self._models:
             idle, some = self._idle[model], self._some[model]
             self._wake(model, (idle,) if self.site.spare_after_s else (idle, some), now)
@@ -188,15 +188,17 @@ class Fleet:
 
     def _wake(self, model: str, groups: Sequence[Set], now: float) -> None:
         told: set[Station] = set()
-        while count := self._broker.waiting[model]:
+        spare_after_s = self.site.spare_after_s if len(groups) > 1 else 0.0
+        while count := self._broker.offered(model, now, spare_after_s):
             many = sum(len(group.members) for group in groups)
-            if many > 8 * (count + len(told)):
+            few = many <= 8 * (count + len(told))
+            if not few:
                 chosen = [self._drawn(groups, many)]
             else:
                 chosen = [one for group in groups for one in group.members]
                 self._chance.shuffle(chosen)
             fresh = [one for one in chosen if one not in told]
-            if not fresh and len(chosen) != 1:
+            if few and not fresh:
                 return
             for one in fresh:
                 told.add(one)
@@ -220,7 +222,8 @@ class Fleet:
         if room > 0:
             models = [model for model in self._models if gpu.room(model)]
             turn = station.first % len(models) if models else 0
-            found = self._broker.claim([*models[turn:], *models[:turn]], room) if models else []
+            spare_after_s = self.site.spare_after_s if gpu.held else 0.0
+            found = self._broker.claim([*models[turn:], *models[:turn]], room, now, spare_after_s) if models else []
             if found:
                 station.first = models.index(found[-1].model) + 1
                 station.running += len(found)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from worker.main import IDLE_S, PROGRESS_S, REAP_S, RENEW_S
+from worker.main import IDLE_S, PROGRESS_S, REAP_S, RENEW_S, SPARE_AFTER_S
 
 SCRAPE_S: Final = 15.0
 VIEWS: Final = 5
@@ -46,17 +46,19 @@ MEASURED: Final = Costs()
 
 @dataclass(frozen=True)
 class Habits:
-    """How workers ask. As it is; and what would move the wall."""
+    """How workers ask: as it is; without what they have learnt; and what would move the wall."""
 
     name: str
     costs: Costs = MEASURED
     woken: str = "all"  # by a submitted job: all with room; those that are idle; or one
     progress_s: float = PROGRESS_S
+    spare_after_s: float = SPARE_AFTER_S  # after it was submitted, a worker that has jobs asks for one
 
 
 AS_IS: Final = Habits("as it is")
 UNSCANNED: Final = replace(MEASURED, renew_worker=0.0, load_worker=0.8)
 CHANGES: Final = (
+    Habits("if workers that hold jobs asked at once", spare_after_s=0.0),
     AS_IS,
     Habits("renewals and scrapes that pass over no other worker", UNSCANNED),
     Habits("and workers that hold jobs are told of none", UNSCANNED, woken="idle"),
@@ -91,11 +93,12 @@ def gateways(jobs_s: float) -> int:
     return max(2, math.ceil(2 * jobs_s * (1 / SUBMITS_S + VIEWS / VIEWS_S)))
 
 
-def turns_s(news_s: float, every_s: float) -> float:
-    """Turns a second of a control loop that waits for news, and no longer than so."""
-    if news_s * every_s < 1e-6:
+def turns_s(news_s: float, every_s: float, after_s: float = 0.0) -> float:
+    """Turns a second of a control loop that waits for news and then `after_s`, and no longer than `every_s` in all."""
+    left_s = every_s - after_s
+    if news_s * left_s < 1e-6:
         return 1 / every_s
-    return news_s / -math.expm1(-news_s * every_s)
+    return 1 / (after_s - math.expm1(-news_s * left_s) / news_s)
 
 
 def demand(shape: Shape, gpus: float, habits: Habits = AS_IS) -> list[Use]:
@@ -103,7 +106,7 @@ def demand(shape: Shape, gpus: float, habits: Habits = AS_IS) -> list[Use]:
     costs, jobs_s = habits.costs, shape.jobs_s * gpus
     idle = shape.open_idle * gpus
     news = {"all": (jobs_s, jobs_s), "idle": (0.0, jobs_s), "one": (0.0, jobs_s / max(1.0, idle))}[habits.woken]
-    busy_turns, idle_turns = turns_s(news[0], PROGRESS_S), turns_s(news[1], IDLE_S)
+    busy_turns, idle_turns = turns_s(news[0], PROGRESS_S, habits.spare_after_s), turns_s(news[1], IDLE_S)
     claims = gpus * (shape.open_busy * busy_turns + shape.open_idle * idle_turns)
     renewals = gpus * (shape.busy / RENEW_S + (1 - shape.busy) * min(1 / RENEW_S, idle_turns))
     reaps = gpus * (shape.busy / REAP_S + (1 - shape.busy) * min(1 / REAP_S, idle_turns))

@@ -13,6 +13,7 @@ from tests.benchmarks.workload import Request
 from tests.simulation.fleet import Coming, Fleet, Site
 from tests.simulation.pace import Pace, h100
 from tests.simulation.redis_load import Shape
+from worker.main import SPARE_AFTER_S
 
 OWNERS, SEED = 10, 1
 
@@ -44,7 +45,7 @@ class Question:
     gpus: int
     load: float
     jobs: int
-    spare_after_s: float = 0.0
+    spare_after_s: float = SPARE_AFTER_S
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def ordered(answers: Sequence[Answer]) -> list[Answer]:
 
     def place(one: Answer) -> tuple[float, ...]:
         q = one.question
-        return mixes.index(q.mix), q.spare_after_s, q.gpus, q.load
+        return mixes.index(q.mix), -q.spare_after_s, q.gpus, q.load
 
     return sorted(answers, key=place)
 
@@ -51,7 +51,7 @@ def typical(answers: Sequence[Answer]) -> Answer:
     found = [
         one
         for one in answers
-        if one.question.mix == "mixed" and one.question.load == 0.5 and not one.question.spare_after_s
+        if one.question.mix == "mixed" and one.question.load == 0.5 and one.question.spare_after_s
     ]
     return min(found, key=lambda one: abs(one.question.gpus - 64))
 
@@ -95,7 +95,7 @@ def _by_load(answers: Sequence[Answer]) -> list[Answer]:
     found = [
         one
         for one in ordered(answers)
-        if one.question.mix == "mixed" and one.question.gpus == fleet and not one.question.spare_after_s
+        if one.question.mix == "mixed" and one.question.gpus == fleet and one.question.spare_after_s
     ]
     return [one for one in found if one.question.load in (0.1, 0.5, 0.9)]
 

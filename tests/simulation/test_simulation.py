@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 import torch
+from PIL import Image
 
 from model.text import Text
 from model.work import Denoise, Encode, Work
+from tests.benchmarks.plot import COLORS
 from tests.benchmarks.workload import Request
-from tests.simulation import redis_load
+from tests.simulation import __main__ as script
+from tests.simulation import redis_load, validation
 from tests.simulation.broker import Broker
 from tests.simulation.fleet import Coming, Fleet, Run, Site
 from tests.simulation.gpu import Gpu, Limits, SimJob, profiles
 from tests.simulation.pace import EIGHT_STEP_S, FULL_S, SOLO_S, h100, rows_of
 from tests.simulation.redis_load import AS_IS, MEASURED, Habits, Shape
-from tests.simulation.study import MEDIUM, MIXED, bursty, capacity, poisson
+from tests.simulation.study import MEDIUM, MIXED, Answer, Question, bursty, capacity, poisson
 from tests.worker.fake_pipeline import Bench, FakePipeline
 from tests.worker.jobs import make_job
 from worker.contract.job import PRIORITIES
@@ -172,25 +179,48 @@ def _alone(gpu: Gpu, coming: list[tuple[float, Any]]) -> list[float]:
 
 
 async def test_claims_give_the_jobs_that_the_real_scripts_give(redis_url: str) -> None:
-    chance, models = random.Random(5), ["a", "b"]
+    chance, models, now = random.Random(5), ["a", "b"], 0.0
     settings = ContractSettings(redis_url=redis_url)  # type: ignore[arg-type]
     queue, intake = JobQueue.connect(settings), Intake.connect(settings, "w")
     broker: Broker[Any] = Broker(models)
+    given, left_alone = 0, 0
     try:
-        for _ in range(60):
-            if chance.random() < 0.6:
+        for _ in range(150):
+            if chance.random() < 0.5:
                 for _ in range(chance.randrange(1, 4)):
                     made = make_job(model=chance.choice(models), priority=chance.choice(PRIORITIES))
                     job = replace(made, owner=f"key-{chance.randrange(3)}")
                     await queue.submit(job)
-                    broker.submit(job)
+                    broker.submit(job, now)
+            elif chance.random() < 0.3:
+                now += 60
+                _all_came_earlier(redis_url, 60)
             else:
-                want, intake._first = chance.randrange(1, 5), 0
-                claims = await asyncio.to_thread(intake.claim, models, want)
-                assert [claim.job.id for claim in claims] == [job.id for job in broker.claim(models, want)]
+                want, spare_after_s, intake._first = chance.randrange(1, 5), chance.choice((0.0, 100.0)), 0
+                claims = await asyncio.to_thread(intake.claim, models, want, spare_after_s)
+                expected = [job.id for job in broker.claim(models, want, now, spare_after_s)]
+                assert [claim.job.id for claim in claims] == expected
+                given += len(expected)
+                left_alone += not expected and any(broker.waiting.values())
     finally:
         intake.close()
         await queue.close()
+    assert given > 50
+    assert left_alone > 5
+
+
+def _all_came_earlier(redis_url: str, seconds: int) -> None:
+    with redis.Redis.from_url(redis_url) as client:
+        for job_id, text in client.hgetall("darkroom:open").items():
+            entry = json.loads(text)
+            entry["place"] = str(int(entry["place"]) - 1_000_000 * seconds)
+            client.hset("darkroom:open", job_id, json.dumps(entry))
+
+
+def test_one_worker_on_paper_does_as_the_measured_one() -> None:
+    """Within 30 %: the arrivals are the same, but one measured run has noise, and paper has no overhead."""
+    for pair in validation.against_results():
+        assert 0.7 < pair.simulated / pair.measured < 1.3, pair
 
 
 def test_the_paces_give_back_what_was_measured() -> None:
@@ -219,3 +249,39 @@ def test_what_moves_the_wall_moves_it_outwards(other: Habits) -> None:
 def test_a_loop_that_hears_nothing_turns_when_its_time_is_up_and_else_as_often_as_it_hears() -> None:
     assert redis_load.turns_s(0.0, 0.25) == 4
     assert redis_load.turns_s(1000.0, 0.25) == pytest.approx(1000)
+
+
+def test_a_loop_that_lets_a_while_pass_after_news_turns_no_more_often_than_that() -> None:
+    assert redis_load.turns_s(0.0, 0.25, 0.05) == 4
+    assert redis_load.turns_s(1e6, 0.25, 0.05) == pytest.approx(20, rel=0.01)
+
+
+def test_waits_are_drawn(tmp_path: Path) -> None:
+    cells = [
+        Question("mixed", gpus, load, 300, spare) for gpus in (1, 8) for load in (0.5, 0.9) for spare in (0.0, 0.05)
+    ]
+    times = (0.1, 1.0, 2.0)
+    script.draw([Answer(cell, 1.0, times, 0.1, times, times, SHAPE) for cell in cells], tmp_path / "waits.png")
+    with Image.open(tmp_path / "waits.png") as plot:
+        assert plot.format == "PNG"
+        assert {plot_color[1] for plot_color in plot.getcolors(1 << 20)} >= {_rgb(color) for color in COLORS[:2]}
+
+
+def _rgb(color: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(color[1:]))
+
+
+@pytest.mark.slow  # two processes load torch
+@pytest.mark.timeout(300)
+def test_the_script_writes_its_tables_and_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["simulate", "--quick", "--out", str(tmp_path)])
+    script.main()
+    tables = (tmp_path / "simulation.md").read_text()
+    assert [line for line in tables.splitlines() if line.startswith("### ")] == [
+        "### One worker, on paper and measured",
+        "### Pictures a second of one GPU",
+        "### Waits",
+        "### Redis",
+    ]
+    assert tables.count("| mixed | 50 ms |") == tables.count("| mixed | no |") == 4
+    assert (tmp_path / "simulation.png").stat().st_size > 0

@@ -7,6 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Final
 
 from model.pipeline import Pipeline
 from model.text import CLIP_LENGTH
@@ -22,6 +23,9 @@ from worker.settings import ModelSource, WorkerSettings
 
 MEASURED = {0.5: (0.49, 1.18, 0.28, 0.94), 0.95: (0.73, 3.48, 0.50, 1.88)}
 """By load: p50 and p95 of all, of short ones. RESULTS.md, one H100, "Serving policies", the engine's rows."""
+
+ENGINE: Final[dict[str, Any]] = {"hop_s": 0.0, "delivery_s": 0.0, "spare_after_s": 0.0}
+"""The benchmark hands requests to the engine itself: nobody submits, claims or delivers."""
 
 CAPACITY, REQUESTS, BENCH_SEED = 2.36, 60, 1
 DEMO, SIDES, LIVE_REQUESTS = "demo", (64, 128), 40
@@ -64,7 +68,7 @@ WORDS = ("p50, s", "p95, s", "p50 of short ones, s", "p95 of short ones, s")
 def against_results() -> list[Pair]:
     """The H100's serving benchmark."""
     mix = models.mix_of(["large", "large-turbo", "medium"], (512, 1024), 8)
-    site = Site(1, h100(), hop_s=0.0, delivery_s=0.0)
+    site = Site(1, h100(), **ENGINE)
     at_start = serve(at_once(mix, 24, BENCH_SEED), mix, site)
     found = [Pair("capacity, pictures a second", CAPACITY, 24 / max(one.ended for one in at_start))]
     for load, measured in MEASURED.items():
@@ -78,7 +82,7 @@ def against_results() -> list[Pair]:
 def another_draw(load: float, draws: int = 30) -> tuple[float, float]:
     """Lowest and highest p95 of all among other draws of the same sixty arrivals: what one draw is worth."""
     mix = models.mix_of(["large", "large-turbo", "medium"], (512, 1024), 8)
-    site = Site(1, h100(), hop_s=0.0, delivery_s=0.0)
+    site = Site(1, h100(), **ENGINE)
     found = [figures(serve(poisson(mix, load * CAPACITY, REQUESTS, seed), mix, site))[1] for seed in range(draws)]
     return min(found), max(found)
 
@@ -93,7 +97,7 @@ def live(load: float = 0.7) -> list[Pair]:
     mix = models.mix_of([DEMO], SIDES, 40)
     pace = calibrated(pipelines, settings, mix)
     tokens = settings.token_budget or TOKENS["cpu"]
-    site = Site(1, pace, Limits(tokens=tokens), hop_s=0.0, delivery_s=0.0)
+    site = Site(1, pace, Limits(tokens=tokens), **ENGINE)
     bench = serving.Bench(pipelines, settings, BENCH_SEED)
     rate = load * bench.capacity(mix, "engine", 20)
     arrivals = poisson(mix, rate, LIVE_REQUESTS, BENCH_SEED)
