@@ -34,6 +34,16 @@ OUTAGE_S = 10
 PRODUCTION = re.findall(r"^```shell\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[0]
 """The page's commands, run word for word: but for the first, which starts what the test has started."""
 
+RUNBOOK = (ROOT / "deploy" / "RUNBOOK.md").read_text()
+RUNBOOK_OF_COMPOSE = {
+    "shell": "\n".join(re.findall(r"^(?:dr|rcli)\(\) \{ docker compose .*", RUNBOOK, re.MULTILINE)),
+    "backup": "".join(re.findall(r"^rcli --rdb .*# compose$", RUNBOOK, re.MULTILINE)),
+    # all but the last line, which starts everything again
+    "restore": "\n".join(
+        re.findall(r"^restore='.*'$|^docker compose (?:stop|exec) .*(?:worker|NOSAVE)$", RUNBOOK, re.MULTILINE)
+    ),
+}
+
 StartStack = Callable[..., "Stack"]
 
 
@@ -223,6 +233,24 @@ def test_hundred_jobs_survive_a_killed_worker_a_killed_redis_and_a_store_outage(
         f"{JOBS} jobs through compose, worker and Redis killed and S3 stopped for {OUTAGE_S} s meanwhile",
         f"{len(jobs)} results, one each, after {seconds:.0f} s",
     )
+
+
+def test_backup_and_restore_of_the_runbook_bring_back_what_there_was(start_stack: StartStack, tmp_path: Path) -> None:
+    stack = start_stack()
+    compose = stack.compose
+    shell = RUNBOOK_OF_COMPOSE["shell"]
+    env = compose.shim(tmp_path / "bin")
+
+    def do(script: str) -> str:
+        return run("bash", "-uo", "pipefail", "-c", f"{shell}\n{script}", cwd=tmp_path, env=env, timeout_s=300)
+
+    do(RUNBOOK_OF_COMPOSE["backup"])
+    do("dr keys add later")
+    do(RUNBOOK_OF_COMPOSE["restore"])
+    for service in ("redis", "gateway"):
+        compose.start(service)
+    compose.wait_until(stack.is_alive, "the gateway answers", STARTED_S)
+    assert [key["name"] for key in json.loads(do("dr keys list --json"))] == ["first"]
 
 
 def test_prometheus_scrapes_gateway_worker_and_sender(start_stack: StartStack) -> None:
