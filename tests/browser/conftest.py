@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
-from tests.e2e.conftest import ROOT, Up
+from tests.e2e.conftest import ROOT, Up, darkroom_env
 
 CHROMIUM = Path("/usr/bin/chromium")
 ARGUMENTS = [
@@ -18,6 +20,7 @@ ARGUMENTS = [
     "--disable-component-update",
     "--no-first-run",
 ]
+SCREENSHOTS = ROOT / "build" / "screenshots"
 PICTURE_MS = 90_000
 """A picture on a busy CPU."""
 
@@ -39,6 +42,19 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     up.stop()
 
 
+@pytest.fixture(scope="package")
+def keyed(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path) -> Iterator[tuple[Up, str]]:
+    """A server that asks for keys, and a key of it."""
+    folder = tmp_path_factory.mktemp("keyed")
+    up = Up(folder, f"tiny={tiny_bundle}", DARKROOM_AUTH="on")
+    up.wait_until_said("Darkroom is ready")
+    env = darkroom_env() | {"DARKROOM_DATA_DIR": str(up.data)}
+    command = [sys.executable, "-m", "app.cli", "keys", "add", "browser", "--write", str(folder / "key")]
+    subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, timeout=60)
+    yield up, (folder / "key").read_text().strip()
+    up.stop()
+
+
 # A module's own: while it is open, no other event loop may run in this thread.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -49,10 +65,15 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
+def failures() -> list[str]:
+    """What failed in scripts so far; a test that means it takes it out."""
+    return []
+
+
+@pytest.fixture
+def open_page(browser: Browser, failures: list[str]) -> Iterator[Callable[..., Page]]:
     """Opens the playground in a browser of its own; fails the test in the end if a script did."""
     contexts: list[BrowserContext] = []
-    failures: list[str] = []
 
     def open_page(url: str, **options: object) -> Page:
         defaults = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce", "color_scheme": "dark"}
@@ -84,6 +105,18 @@ def develop(page: Page, prompt: str, steps: int | None = 4) -> None:
     if steps is not None:
         page.get_by_role("spinbutton", name="Steps").fill(str(steps))
     page.get_by_role("button", name="Develop").click()
+
+
+def use_key(page: Page, key: str) -> None:
+    """Answers the dialog that asks for a key."""
+    dialog = page.get_by_role("dialog", name="This darkroom needs a key")
+    dialog.get_by_label("API key").fill(key)
+    dialog.get_by_role("button", name="Use this key").click()
+
+
+def shoot(page: Page, name: str) -> None:
+    """Leaves a picture of the page for people to look at."""
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
 
 
 def expect_pictures(page: Page, count: int) -> None:

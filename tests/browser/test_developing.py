@@ -14,11 +14,13 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
-from tests.browser.conftest import PICTURE_MS, develop, expect_pictures
+from tests.browser.conftest import PICTURE_MS, develop, expect_pictures, shoot, use_key
 from tests.e2e.conftest import ROOT, Up, darkroom_env
 
 MOON = "a yellow moon above a purple cloud, night sky"
 CIRCLE = "a red circle on a white background"
+LANGUAGES = ("curl", "Python", "OpenAI client")
+CLIPBOARD = ("clipboard-read", "clipboard-write")
 
 
 def queue(site: Up, *arguments: str) -> None:
@@ -36,6 +38,7 @@ def test_a_prompt_becomes_a_picture_while_previews_and_steps_are_shown(page: Pag
     expect(page.get_by_alt_text("The picture so far")).to_be_visible(timeout=PICTURE_MS)
     expect(page.locator(".print-state")).to_have_text(re.compile(r"Developing, step \d of 8"))
     expect(page.get_by_role("progressbar")).to_be_visible()
+    shoot(page, "developing")
     expect_pictures(page, 1)
     expect(page.get_by_role("status").filter(has_text="demo: the picture is ready")).to_be_attached()
     expect(page.get_by_role("progressbar")).to_be_hidden()
@@ -103,6 +106,23 @@ def test_a_server_that_is_away_is_said_and_the_form_can_be_sent_again(page: Page
     expect_pictures(page, 1)
 
 
+def test_an_answer_that_cannot_be_read_is_said_and_the_form_can_be_sent_again(page: Page) -> None:
+    page.route("**/v1/generations", lambda route: route.fulfill(status=202, body="<html>a proxy's"))
+    develop(page, CIRCLE)
+    expect(page.get_by_role("alert")).to_have_text("The server does not answer. Is it running?")
+    page.unroute("**/v1/generations")
+    page.get_by_role("button", name="Develop").click()
+    expect_pictures(page, 1)
+
+
+def test_a_script_that_fails_leaves_the_form_to_be_sent_again(page: Page, failures: list[str]) -> None:
+    page.evaluate("Crypto.prototype.getRandomValues = () => { throw new Error('no dice') }; 0")
+    with page.expect_event("pageerror"):
+        develop(page, CIRCLE)
+    expect(page.get_by_role("button", name="Develop")).to_be_enabled()
+    assert failures.pop() == "no dice"
+
+
 def test_a_lost_connection_is_taken_up_again(page: Page) -> None:
     develop(page, CIRCLE, steps=30)
     expect(page.locator(".print-state")).to_contain_text("Developing", timeout=PICTURE_MS)
@@ -120,6 +140,7 @@ def test_two_models_are_compared_side_by_side_with_one_seed(page: Page) -> None:
     expect(page.locator(".print-title")).to_have_text(["demo", "second"])
     first, second = page.locator("[data-fact=Seed]").all_inner_texts()
     assert first == second
+    shoot(page, "compare-models")
 
 
 def test_several_seeds_are_compared_and_a_kept_one_is_used_again(page: Page, site: Up) -> None:
@@ -136,6 +157,25 @@ def test_several_seeds_are_compared_and_a_kept_one_is_used_again(page: Page, sit
     page.get_by_role("button", name="Compare 2").click()
     expect(page.locator(".print")).to_have_count(2)
     expect(page.locator(".differs")).to_have_text(["7", "8"])
+    shoot(page, "compare-seeds")
+
+
+def test_seed_is_another_each_time_until_it_is_kept(page: Page) -> None:
+    def seed() -> int:
+        with page.expect_response(lambda answer: answer.request.method == "POST") as answer:
+            develop(page, CIRCLE, steps=1)
+        used = int(answer.value.json()["params"]["seed"])
+        expect(page.get_by_label("Seed", exact=True)).to_have_value(str(used))
+        return used
+
+    drawn = [seed(), seed()]
+    assert drawn[0] != drawn[1]
+    lock = page.get_by_role("button", name="Keep this seed")
+    lock.click()
+    assert [seed(), seed()] == [drawn[1], drawn[1]]
+    lock.click()
+    assert seed() != drawn[1]
+    expect_pictures(page, 1)
 
 
 def test_a_picture_fills_the_form_to_be_used_again(page: Page) -> None:
@@ -152,27 +192,50 @@ def test_a_picture_fills_the_form_to_be_used_again(page: Page) -> None:
     expect(page.get_by_role("button", name="16:9")).to_have_attribute("aria-pressed", "true")
 
 
-@pytest.mark.parametrize("language", ["curl", "Python", "OpenAI client"])
-def test_copied_code_makes_the_picture(open_page: Callable[..., Page], site: Up, language: str, tmp_path: Path) -> None:
+def run_copied(page: Page, language: str, folder: Path, **env: str) -> None:
+    """Runs the code that the page gives for its form."""
     if language == "curl" and not (shutil.which("curl") and shutil.which("jq")):
-        pytest.skip("needs curl and jq")
+        pytest.skip("no curl, or no jq: apt install curl jq")
     run = ["bash", "-euo", "pipefail", "-c"] if language == "curl" else [sys.executable, "-c"]
-    page = open_page(site.url, permissions=["clipboard-read", "clipboard-write"])
-    page.get_by_label("Prompt", exact=True).fill('a "red" circle, c\'est tout\n\\n')
-    page.get_by_role("spinbutton", name="Steps").fill("2")
-    page.get_by_label("Seed", exact=True).fill("5")
-    page.get_by_role("button", name="Code").click()
+    page.get_by_role("button", name="Code").first.click()
     page.get_by_role("tab", name=language).click()
     page.get_by_role("button", name="Copy").click()
     expect(page.get_by_role("button", name="Copied")).to_be_visible()
     code = page.evaluate("navigator.clipboard.readText()")
-    ran = subprocess.run([*run, code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(
+        [*run, code], cwd=folder, env=darkroom_env() | env, capture_output=True, text=True, timeout=120
+    )
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_copied_code_makes_the_picture(open_page: Callable[..., Page], site: Up, language: str, tmp_path: Path) -> None:
+    page = open_page(site.url, permissions=CLIPBOARD)
+    page.get_by_label("Prompt", exact=True).fill('a "red" circle, c\'est tout\n\\n')
+    page.get_by_role("spinbutton", name="Steps").fill("2")
+    page.get_by_label("Seed", exact=True).fill("5")
+    run_copied(page, language, tmp_path)
     with Image.open(tmp_path / "picture-0.png") as picture:
         assert picture.size == (512, 512)
     params = latest(site)["params"]
     assert isinstance(params, dict)
     assert (params["prompt"], params["steps"], params["seed"]) == ('a "red" circle, c\'est tout\n\\n', 2, 5)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_copied_code_sends_the_key_and_fetches_every_picture(
+    open_page: Callable[..., Page], keyed: tuple[Up, str], language: str, tmp_path: Path
+) -> None:
+    up, key = keyed
+    page = open_page(up.url, permissions=CLIPBOARD)
+    use_key(page, key)
+    page.get_by_label("Prompt", exact=True).fill(CIRCLE)
+    page.get_by_label("Seed", exact=True).fill("5")
+    page.get_by_role("group", name="Pictures").get_by_text("2").click()
+    run_copied(page, language, tmp_path, DARKROOM_API_KEY=key)
+    pictures = [(tmp_path / f"picture-{n}.png").read_bytes() for n in range(2)]
+    assert pictures[0].startswith(b"\x89PNG")
+    assert pictures[0] != pictures[1]
 
 
 def test_languages_of_code_are_changed_by_arrow_keys(page: Page) -> None:

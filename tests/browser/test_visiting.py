@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.conftest import PICTURE_MS, develop, expect_pictures
-from tests.e2e.conftest import ROOT, Up, darkroom_env
+from tests.browser.conftest import PICTURE_MS, develop, expect_pictures, shoot, use_key
+from tests.e2e.conftest import Up
 
 CIRCLE = "a red circle on a white background"
 AUDIT = (Path(__file__).parent / "audit.js").read_text()
-
-
-@pytest.fixture(scope="module")
-def keyed(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path) -> Iterator[tuple[Up, str]]:
-    """A server that asks for keys, and a key of it."""
-    folder = tmp_path_factory.mktemp("keyed")
-    up = Up(folder, f"tiny={tiny_bundle}", DARKROOM_AUTH="on")
-    up.wait_until_said("Darkroom is ready")
-    env = darkroom_env() | {"DARKROOM_DATA_DIR": str(up.data)}
-    command = [sys.executable, "-m", "app.cli", "keys", "add", "browser", "--write", str(folder / "key")]
-    subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, timeout=60)
-    yield up, (folder / "key").read_text().strip()
-    up.stop()
 
 
 def test_a_reload_keeps_form_stage_and_gallery(page: Page) -> None:
@@ -145,6 +130,7 @@ def test_the_page_works_on_a_phone(open_page: Callable[..., Page], site: Up) -> 
         .map(node => node.outerHTML.slice(0, 80))"""
     )
     assert small == []
+    shoot(page, "phone")
 
 
 @pytest.mark.parametrize("theme", ["dark", "light"])
@@ -153,6 +139,7 @@ def test_everything_has_a_name_and_can_be_read(page: Page, theme: str) -> None:
     assert page.evaluate(AUDIT) == []
     develop(page, CIRCLE)
     expect_pictures(page, 1)
+    shoot(page, theme)
     for fold in page.locator("details").all():
         fold.evaluate("fold => fold.open = true")
     page.get_by_role("button", name="Compare pictures").click()
@@ -161,6 +148,7 @@ def test_everything_has_a_name_and_can_be_read(page: Page, theme: str) -> None:
     assert page.evaluate(AUDIT) == []
     page.get_by_label("Width", exact=True).fill("512")
     page.get_by_role("button", name="Code").first.click()
+    shoot(page, f"{theme}-code")
     assert page.evaluate(AUDIT) == []
 
 
@@ -189,11 +177,9 @@ def test_a_key_is_asked_for_and_kept_until_the_tab_is_closed(
     up, key = keyed
     page = open_page(up.url)
     dialog = page.get_by_role("dialog", name="This darkroom needs a key")
-    dialog.get_by_label("API key").fill("dr_000000000000_wrong")
-    dialog.get_by_role("button", name="Use this key").click()
+    use_key(page, "dr_000000000000_wrong")
     expect(dialog.locator("#key-reason")).to_contain_text("key")
-    dialog.get_by_label("API key").fill(key)
-    dialog.get_by_role("button", name="Use this key").click()
+    use_key(page, key)
     expect(dialog).to_be_hidden()
     develop(page, CIRCLE, steps=1)
     expect_pictures(page, 1)  # by signed urls
@@ -218,6 +204,27 @@ def test_a_key_is_remembered_if_asked_and_forgotten(open_page: Callable[..., Pag
     expect(page.get_by_role("radio", name="tiny")).to_be_checked()
     assert page.evaluate("localStorage['darkroom.key']") == key
     page.get_by_role("button", name="Key").click()
+    shoot(page, "key")
     dialog.get_by_role("button", name="Forget the key").click()
     expect(dialog.locator("#key-reason")).to_have_text("It was started with API keys on.")
     assert page.evaluate("sessionStorage['darkroom.key'] ?? localStorage['darkroom.key'] ?? null") is None
+
+
+def test_the_gallery_is_forgotten_with_the_key(open_page: Callable[..., Page], keyed: tuple[Up, str]) -> None:
+    up, key = keyed
+    page = open_page(up.url)
+    use_key(page, key)
+    develop(page, CIRCLE, steps=1)
+    expect_pictures(page, 1)
+    develop(page, CIRCLE, steps=100)  # this one is on its way
+    expect(page.locator(".frame")).to_have_count(2)
+    page.get_by_role("button", name="Key").click()
+    page.get_by_role("button", name="Forget the key and the gallery").click()
+    expect(page.locator(".frame")).to_have_count(0)
+    expect(page.get_by_text("Nothing developed yet.")).to_be_visible()
+    page.get_by_role("button", name="Not now").click()
+    assert "signature" not in page.evaluate("JSON.stringify(localStorage)")
+    assert page.evaluate("Object.keys(localStorage).filter(name => name.startsWith('darkroom.generation'))") == []
+    page.reload()
+    page.get_by_role("button", name="Not now").click()
+    expect(page.locator(".frame")).to_have_count(0)
