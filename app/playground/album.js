@@ -62,6 +62,10 @@ export class Album extends EventTarget {
     this.#tell(id);
   }
 
+  clear() {
+    for (const id of this.ids) this.remove(id);
+  }
+
   #keep(id) {
     for (const old of this.ids.slice(MOST)) this.remove(old);
     const text = JSON.stringify(this.#records.get(id));

@@ -62,23 +62,28 @@ async function develop() {
   if (!bodies) return;
   const button = byId("develop");
   button.disabled = true;
-  await tried(async () => {
-    const accepted = [];
-    try {
-      // One after the other: they start in this order, and a refusal is of the first that is refused
-      for (const body of bodies) accepted.push(await server.create(body));
-    } finally {
-      accepted.forEach((generation) => album.put(generation));
-      if (accepted.length) {
-        stage.show(accepted.map(({ id }) => ({ id, only: null })));
-        request.showSeed(accepted[0].params.seed);
-        accepted.forEach(({ id }) => follow(id));
-      }
+  try {
+    await tried(() => createAll(bodies));
+  } finally {
+    button.disabled = false;
+  }
+}
+
+async function createAll(bodies) {
+  const accepted = [];
+  try {
+    // One after the other: they start in this order, and a refusal is of the first that is refused
+    for (const body of bodies) accepted.push(await server.create(body));
+  } finally {
+    accepted.forEach((generation) => album.put(generation));
+    if (accepted.length) {
+      stage.show(accepted.map(({ id }) => ({ id, only: null })));
+      request.showSeed(accepted[0].params.seed);
+      accepted.forEach(({ id }) => follow(id));
     }
-    announce(bodies.length > 1 ? `Asked ${bodies.length} models` : "Asked for");
-    stage.reveal();
-  });
-  button.disabled = false;
+  }
+  announce(bodies.length > 1 ? `Asked ${bodies.length} models` : "Asked for");
+  stage.reveal();
 }
 
 async function follow(id) {
@@ -86,6 +91,7 @@ async function follow(id) {
   const stop = new AbortController();
   followed.set(id, stop);
   const onChange = (generation) => {
+    if (stop.signal.aborted) return; // an answer that was on its way
     tell(album.record(id)?.generation, generation);
     album.put(generation);
   };
@@ -191,6 +197,14 @@ async function older() {
   });
 }
 
+/** The key was forgotten: so is what it showed, for the urls of pictures need no key. */
+function leave() {
+  for (const stop of followed.values()) stop.abort();
+  album.clear();
+  olderCursor = null;
+  byId("older").hidden = false;
+}
+
 request.addEventListener("develop", develop);
 sheet.addEventListener("open", ({ detail }) => {
   stage.show(detail);
@@ -205,7 +219,10 @@ for (const prompt of STARTERS) {
   const onclick = () => request.write(prompt);
   byId("starters").append(element("li", {}, element("button", { type: "button", class: "starter", onclick }, prompt)));
 }
-addEventListener("darkroom:key", lookForModels);
+addEventListener("darkroom:key", () => {
+  if (!keys.key) leave();
+  lookForModels();
+});
 document.addEventListener("visibilitychange", () => document.hidden || lookForModels());
 setInterval(() => document.hidden || lookForModels(), MODELS_EVERY_MS);
 stage.showSomething();

@@ -75,7 +75,11 @@ export class Server {
   async #json(method, path, body, headers = {}) {
     const content = body && { body: JSON.stringify(body), headers: { "content-type": "application/json", ...headers } };
     const answer = await this.#answer(method, path, { ...content, signal: AbortSignal.timeout(ANSWER_MS) });
-    return answer.json();
+    try {
+      return await answer.json();
+    } catch {
+      throw new Refusal(0, GONE); // cut off on its way, or a proxy's page
+    }
   }
 
   /** The answer to a request; a Refusal is thrown. A 401 asks for a key, then tries again with it. */
