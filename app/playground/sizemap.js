@@ -5,7 +5,7 @@ import { RATIOS, megapixels, ratioName } from "./shapes.js";
 
 const OCTAVES = 2; // of ratio to each side: 1:4 to 4:1
 const STEP = 1 / 16; // octaves that an arrow key moves
-const PAD = { left: 34, right: 12, top: 14, bottom: 22 }; // pixels around the field
+const PAD = { left: 34, right: 12, top: 14, bottom: 27 }; // pixels around the field
 const LABELLED = ["9:21", "9:16", "3:4", "1:1", "4:3", "16:9", "21:9"];
 const LABEL_ROOM = 29; // pixels
 const MEGA = 2 ** 20;
@@ -199,7 +199,7 @@ export class SizeMap extends EventTarget {
       const class_ = name === "1:1" ? "axis strong" : "axis";
       lines.push(drawing("line", { class: class_, x1: x, x2: x, y1: top, y2: bottom }));
       if (!LABELLED.includes(name) || x < labelledUpTo) continue;
-      lines.push(drawing("text", { x, y: bottom + 15, "text-anchor": "middle" }, name));
+      lines.push(drawing("text", { x, y: bottom + 20, "text-anchor": "middle" }, name));
       labelledUpTo = x + LABEL_ROOM;
     }
     for (const pixels of areas(low, high)) {

@@ -115,8 +115,9 @@ def use_key(page: Page, key: str) -> None:
 
 
 def shoot(page: Page, name: str) -> None:
-    """Leaves a picture of the page for people to look at."""
-    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
+    """Leaves a picture of the page for people to look at; of a dialog, what is around it."""
+    is_whole = page.locator("dialog[open]").count() == 0
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=is_whole)
 
 
 def expect_pictures(page: Page, count: int) -> None:
