@@ -58,7 +58,7 @@ bench-gateway: $(READY) ## requests a second of one gateway on one core, and a t
 	$(BIN)/python -W ignore -m tests.benchmarks.gateway $(ARGS)
 
 simulate: $(READY) ## 1 to 1,000 GPUs on paper: waits by load, what Redis is asked; tables and plots in build/simulation; 3 minutes
-	$(BIN)/python -m tests.simulation --out build/simulation $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simulation --out build/simulation $(ARGS)
 
 check: $(READY) ## format, lint, types, and which part may import which
 	$(BIN)/ruff format --check .
