@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 
 from tests.bucket import BUCKET, KEY_ID, SECRET, Moto
@@ -30,6 +29,8 @@ def bucket(tmp_path: Path) -> Iterator[Moto]:
 
 def rule_of(bucket: Moto) -> dict[str, Any]:
     """The one rule, as the server tells it once it has taken the file."""
+    import boto3  # comes with moto, and is not there where these tests do not run
+
     keys = {"aws_access_key_id": KEY_ID, "aws_secret_access_key": SECRET, "region_name": "us-east-1"}
     client = boto3.client("s3", endpoint_url=bucket.url, **keys)
     client.put_bucket_lifecycle_configuration(Bucket=BUCKET, LifecycleConfiguration=json.loads(FILE.read_text()))
