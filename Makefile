@@ -10,7 +10,7 @@ SEED   ?= 2
 OUTPUT ?= demo.png
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve eval test test-full test-deploy torture bench-serving bench-gateway simulate check format clean
+.PHONY: help setup demo serve eval test test-full test-deploy torture bench-serving bench-gateway bench-gpu simulate check format clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -56,6 +56,9 @@ bench-serving: $(READY) ## one at a time, batches of requests and the engine und
 
 bench-gateway: $(READY) ## requests a second of one gateway on one core, and a thousand event streams: two tables; a minute
 	$(BIN)/python -W ignore -m tests.benchmarks.gateway $(ARGS)
+
+bench-gpu: $(READY) ## ours beside diffusers on one GPU of 80 GB: a table in tests/benchmarks/RESULTS.md; 13 minutes; ROWS=large-1024 for a part
+	$(BIN)/python -W ignore -m tests.benchmarks.gpu $(if $(ROWS),--rows $(ROWS)) $(ARGS)
 
 simulate: $(READY) ## 1 to 1,000 GPUs on paper: waits by load, what Redis is asked; tables and plots in build/simulation; 3 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simulation --out build/simulation $(ARGS)

