@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,9 @@ from model.keys import Rule, clip_name, mmdit_rules, original, t5_name, vae_rule
 from model.layouts import Sources, find
 from model.lowrank import Difference
 from model.mmdit import MMDiT
+from model.room import check_room, free_bytes
 from model.sampling import Shift
+from model.shelf import Shelf
 from model.text import TextEncoders
 from model.vae import VAE
 from model.weights import CheckpointError, Weights
@@ -45,6 +47,8 @@ OTHER = "other"
 """The variant of an MMDiT that is none of the published ones."""
 
 PROJECTION = "text_projection.weight"
+
+MMDIT, VAE_PART, CLIP_L, CLIP_G, T5 = "MMDiT", "VAE", "CLIP-L", "CLIP-G", "T5"
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -86,7 +90,8 @@ def load_components(
     tokenizers: Path | None = None,
     load_t5: bool = True,
     variant: str | None = None,
-    shared: Components | None = None,
+    shelf: Shelf | None = None,
+    free: Callable[[torch.device], int | None] = free_bytes,
 ) -> Components:
     """Load a checkpoint of either layout, or a variant of one.
 
@@ -95,25 +100,33 @@ def load_components(
     tokenizers : the folder of tokenizer/, tokenizer_2/ and tokenizer_3/, if they are not beside the weights
     load_t5 : False leaves T5 out; its part of the context is then zeros
     variant : what the operator says this is. Turbo has Large's shapes: only this tells them apart.
-    shared : another model of the same base (lowrank.base_of), whose VAE and encoders serve this one too
+    shelf : of the models loaded before, on the same device and in the same dtype: what is the same is not read again
+    free : the bytes that are free on the device
     raises CheckpointError : names the file or tensor, what was found and what is expected; nothing stays loaded
+    raises NoRoom : the weights do not fit; none was read
     """
-    sources = find(Path(path), load_t5)
+    sources, shelf = find(Path(path), load_t5), shelf or Shelf()
     name = variant_of(sources.mmdit_config, variant)
     _check_widths(sources)
     to = (torch.device(device), dtype)
-    layout = original if sources.original else tuple
-    mmdit = _plan(lambda: MMDiT(sources.mmdit_config), sources.mmdit, layout(mmdit_rules(sources.mmdit_config)))
-    if shared:
-        vae, text = shared.vae, shared.text
-    else:
-        vae_plan = _plan(lambda: VAE(sources.vae_config), sources.vae, layout(vae_rules(sources.vae_config)))
-        text = _text(sources, tokenizers or sources.tokenizers, to)
-        vae = vae_plan.filled(*to)
+    plans = _plans(sources)
+    place = tokenizers or sources.tokenizers
+    tokens = _tokenizers(place, with_t5=sources.t5 is not None)
+    nets = {part: shelf.find(plan.net, plan.weights) for part, plan in plans.items() if part != MMDIT}
+    missing = {part: plan for part, plan in plans.items() if nets.get(part) is None}
+    check_room({part: plan.nbytes(dtype) for part, plan in missing.items()}, to[0], free(to[0]))
+    nets |= {part: plan.filled(*to, sources.difference if part == MMDIT else None) for part, plan in missing.items()}
+    for part, plan in missing.items():
+        if part != MMDIT:
+            shelf.put(plan.net, plan.weights)
+    for file in sources.files:
+        file.close()
+    clip_l, clip_g, t5 = (cast(Any, nets.get(part)) for part in (CLIP_L, CLIP_G, T5))
+    text = TextEncoders(clip_l, clip_g, t5, tokens, sources.mmdit_config.context_dim)
     return Components(
-        mmdit=mmdit.filled(*to, sources.difference),
-        vae=vae,
-        text=text,
+        mmdit=cast(MMDiT, nets[MMDIT]),
+        vae=cast(VAE, nets[VAE_PART]),
+        text=shelf.text(text, place),
         mmdit_config=sources.mmdit_config,
         vae_config=sources.vae_config,
         variant=name,
@@ -130,9 +143,7 @@ def outline(path: Path, *, load_t5: bool = True, variant: str | None = None) -> 
     sources = find(Path(path), load_t5)
     name = variant_of(sources.mmdit_config, variant)
     _check_widths(sources)
-    layout = original if sources.original else tuple
-    mmdit = _plan(lambda: MMDiT(sources.mmdit_config), sources.mmdit, layout(mmdit_rules(sources.mmdit_config)))
-    return Outline(sources.mmdit_config, name, sources.revision, parameters(mmdit.net))
+    return Outline(sources.mmdit_config, name, sources.revision, parameters(_mmdit_plan(sources).net))
 
 
 def parameters(net: nn.Module) -> int:
@@ -140,16 +151,24 @@ def parameters(net: nn.Module) -> int:
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-def _text(sources: Sources, tokenizers: Path, to: tuple[torch.device, torch.dtype]) -> TextEncoders:
-    """The encoders and tokenizers, checked before any is filled."""
-    tokens = _tokenizers(tokenizers, with_t5=sources.t5 is not None)
-    clip_l = _plan(lambda: CLIPTextModelWithProjection(sources.clip_l_config), sources.clip_l, clip_name, PROJECTION)
-    clip_g = _plan(lambda: CLIPTextModelWithProjection(sources.clip_g_config), sources.clip_g, clip_name)
-    t5 = None
-    if sources.t5 is not None and (t5_config := sources.t5_config) is not None:
-        t5 = _plan(lambda: T5EncoderModel(t5_config), sources.t5, t5_name)
-    encoders = clip_l.filled(*to), clip_g.filled(*to), t5.filled(*to) if t5 else None
-    return TextEncoders(*encoders, tokens, sources.mmdit_config.context_dim)
+def _plans(sources: Sources) -> dict[str, _Plan[Any]]:
+    """A plan for each net, all names and shapes checked."""
+    layout = original if sources.original else tuple
+    clip_l, clip_g = sources.clip_l_config, sources.clip_g_config
+    plans: dict[str, _Plan[Any]] = {
+        MMDIT: _mmdit_plan(sources),
+        VAE_PART: _plan(lambda: VAE(sources.vae_config), sources.vae, layout(vae_rules(sources.vae_config))),
+        CLIP_L: _plan(lambda: CLIPTextModelWithProjection(clip_l), sources.clip_l, clip_name, PROJECTION),
+        CLIP_G: _plan(lambda: CLIPTextModelWithProjection(clip_g), sources.clip_g, clip_name),
+    }
+    if sources.t5 is not None and (t5 := sources.t5_config) is not None:
+        plans[T5] = _plan(lambda: T5EncoderModel(t5), sources.t5, t5_name)
+    return plans
+
+
+def _mmdit_plan(sources: Sources) -> _Plan[MMDiT]:
+    layout = original if sources.original else tuple
+    return _plan(lambda: MMDiT(sources.mmdit_config), sources.mmdit, layout(mmdit_rules(sources.mmdit_config)))
 
 
 def variant_of(config: MMDiTConfig, said: str | None = None) -> str:
@@ -171,6 +190,11 @@ class _Plan(Generic[N]):
     weights: Weights
     rules: tuple[Rule, ...]
     identity: str | None  # a square tensor that the files may lack and lack
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """What the net takes in memory."""
+        state = self.net.state_dict()
+        return sum({rule.sources: state[rule.name].numel() for rule in self.rules}.values()) * dtype.itemsize
 
     def filled(self, device: torch.device, dtype: torch.dtype, difference: Difference | None = None) -> N:
         """The net with its weights on the device, ready to run; a difference is added to them in fp32."""

@@ -77,12 +77,6 @@ def variant_at(path: Path) -> Variant | None:
     return Variant(path, target, revision)
 
 
-def base_of(path: Path) -> Path:
-    """The checkpoint whose encoders and VAE serve a model: its base, or itself. CheckpointError."""
-    variant = variant_at(path)
-    return variant.base if variant else path.resolve()
-
-
 @dataclass(frozen=True)
 class Pair:
     """The change of one module of diffusers' transformer."""

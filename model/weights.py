@@ -22,6 +22,7 @@ LEFT_OUT = ("scale_input", "input_scale", "comfy_quant")  # hints for fp8 arithm
 MARKER = "scaled_fp8"
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 SAMPLES, SAMPLE_BYTES = 64, 4096
+CHUNK_BYTES = 2**22
 
 
 class CheckpointError(Exception):
@@ -47,6 +48,28 @@ class WeightFile:
             return self._handles[name].get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path}: tensor {key} cannot be read: {error}") from error
+
+    def close(self) -> None:
+        """Lets go of the file; it is opened again when it is read again."""
+        self._handles.clear()
+
+    def same_bytes(self, key: str, other: WeightFile, its_key: str) -> bool:
+        """Whether a tensor is the same as one of another file, of the same dtype and shape, byte for byte."""
+        (start, end), (its_start, its_end) = (f.header[k]["data_offsets"] for f, k in ((self, key), (other, its_key)))
+        try:
+            if start == its_start and self.path.samefile(other.path):
+                return True
+            if end - start != its_end - its_start:
+                return False
+            with self.path.open("rb", buffering=0) as ours, other.path.open("rb", buffering=0) as theirs:
+                ours.seek(self._start + start)
+                theirs.seek(other._start + its_start)
+                return all(
+                    ours.read(size) == theirs.read(size)
+                    for size in (min(CHUNK_BYTES, end - at) for at in range(start, end, CHUNK_BYTES))
+                )
+        except OSError as error:
+            raise CheckpointError(f"{self.path} and {other.path} cannot be compared: {error.strerror}") from error
 
     def fingerprint(self) -> bytes:
         """A digest of the name, the size, the header and samples from all over the data."""
@@ -122,6 +145,11 @@ class Entry:
         """As the format spells it: BF16, F8_E4M3, ..."""
         return str(self.file.header[self.key]["dtype"])
 
+    def same_as(self, other: Entry) -> bool:
+        """Whether both are the same tensor, byte for byte."""
+        alike = (self.dtype, self.shape) == (other.dtype, other.shape)
+        return alike and self.file.same_bytes(self.key, other.file, other.key)
+
 
 def tensors_of(files: Iterable[WeightFile]) -> dict[str, Entry]:
     """All tensors of some files, by name."""
@@ -164,6 +192,13 @@ class Weights:
     def shapes(self) -> dict[str, Shape]:
         """The shape of each tensor."""
         return {name: entry.shape for name, entry in self.entries.items()}
+
+    def same_as(self, other: Weights) -> bool:
+        """Whether both hold the same tensors under the same names, byte for byte. CheckpointError."""
+        tables = (self.entries, other.entries), (self.scales, other.scales)
+        if any(ours.keys() != theirs.keys() for ours, theirs in tables):
+            return False
+        return all(ours[name].same_as(theirs[name]) for ours, theirs in tables for name in ours)
 
     def expect(self, shapes: Mapping[str, Shape]) -> None:
         """Refuse unless exactly these tensors are here, of these shapes, in number formats that can be read."""

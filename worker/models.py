@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from typing import Any
 import structlog
 import torch
 
-from model.checkpoint import CheckpointError, Components, Outline, load_components, outline
+from model.checkpoint import CheckpointError, Outline, load_components, outline
 from model.config import VARIANTS
-from model.lowrank import CARD, base_of, variant_at
+from model.lowrank import CARD, variant_at
 from model.params import SAMPLERS, GenerationParams
 from model.pipeline import Pipeline, run
 from model.previews import fit_to, published
+from model.room import NoRoom, free_bytes
+from model.shelf import Shelf
 from model.text import T5_LENGTH
 from model.work import Work, generate
 from worker import fingerprint
@@ -74,26 +76,33 @@ def _cpu_has_bf16() -> bool:
 
 
 class Loader:
-    """Loads models. A base and its variants share one VAE and one set of encoders: only the MMDiTs take memory."""
+    """Loads models. What they have in common, mostly encoders and VAE, is held once, whatever folders it is in."""
 
-    def __init__(self, settings: WorkerSettings) -> None:
-        self._settings = settings
-        self._loaded: dict[Path, Components] = {}  # one model of each base
+    def __init__(self, settings: WorkerSettings, free: Callable[[torch.device], int | None] = free_bytes) -> None:
+        self._settings, self._free = settings, free
+        self._shelf = Shelf()
 
     def load(self, source: ModelSource) -> Model:
-        """Load a model and make a first picture with it; CheckpointError says what is wrong with its files."""
+        """Load a model and make a first picture with it.
+
+        CheckpointError says what is wrong with its files, NoRoom what does not fit.
+        """
         started, settings = time.perf_counter(), self._settings
-        device, base = pick_device(settings.device), base_of(source.path)
-        parts = load_components(
-            source.path,
-            device,
-            pick_dtype(settings.dtype, device),
-            tokenizers=settings.tokenizers,
-            load_t5=settings.t5,
-            variant=source.variant,
-            shared=self._loaded.get(base),
-        )
-        self._loaded.setdefault(base, parts)
+        device = pick_device(settings.device)
+        try:
+            parts = load_components(
+                source.path,
+                device,
+                pick_dtype(settings.dtype, device),
+                tokenizers=settings.tokenizers,
+                load_t5=settings.t5,
+                variant=source.variant,
+                shelf=self._shelf,
+                free=self._free,
+            )
+        except NoRoom as error:
+            hint = "name fewer models in DARKROOM_MODELS" + ("; DARKROOM_T5=no leaves out T5" if settings.t5 else "")
+            raise NoRoom(f"{source.name}: {error}; {hint}") from None
         told = _told(source.path)
         card = make_card(source, parts.outline, told)
         pipeline = Pipeline(

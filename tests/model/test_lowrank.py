@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from model.checkpoint import CheckpointError, Components, load_components
 from model.keys import mmdit_rules
 from model.layouts import find
-from model.lowrank import FILE, PREFIX, base_of
+from model.lowrank import FILE, PREFIX
 from model.sampling import Stretched
+from model.shelf import Shelf
 from tests.model import tiny
 
 State = dict[str, Tensor]
@@ -282,16 +283,11 @@ def test_a_variant_may_space_its_noise_levels_otherwise(save: Save, components: 
             load(folder)
 
 
-def test_what_base_and_variant_have_in_common_is_held_once(save: Save, components: Components) -> None:
-    folder = save(difference((QUERY,)))
-    variant = load(folder, shared=components)
-    assert variant.vae is components.vae
-    assert variant.text is components.text
+def test_what_base_and_variant_have_in_common_is_held_once(save: Save, diffusers_folder: Path) -> None:
+    folder, shelf = save(difference((QUERY,))), Shelf()
+    base, variant = load(diffusers_folder, shelf=shelf), load(folder, shelf=shelf)
+    assert variant.vae is base.vae
+    assert variant.text is base.text
     own = {p.data_ptr() for p in variant.mmdit.parameters()}
-    assert own.isdisjoint(p.data_ptr() for p in components.mmdit.parameters())
+    assert own.isdisjoint(p.data_ptr() for p in base.mmdit.parameters())
     tiny.assert_same_weights(variant, load(folder))
-
-
-def test_the_base_of_a_model_is_itself_unless_it_names_one(save: Save, diffusers_folder: Path) -> None:
-    folder = save(difference((QUERY,)))
-    assert base_of(folder) == base_of(diffusers_folder) == diffusers_folder.resolve()

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from model.checkpoint import CheckpointError
 from model.lowrank import FILE
+from model.room import NoRoom
 from model.sampling import Stretched
 from model.work import Begin
 from tests.model import tiny
@@ -58,12 +59,19 @@ def test_a_variant_shares_all_but_its_mmdit_with_its_base(tiny_bundle: Path, tmp
     assert models["base"].card.revision != models["variant"].card.revision
 
 
-def test_models_of_different_folders_share_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_models_of_different_folders_share_what_is_the_same(tiny_bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_bundle, tmp_path / "copy")
     load = loader().load
     first, second = load(ModelSource("a", tiny_bundle)), load(ModelSource("b", tmp_path / "copy"))
-    assert second.pipeline.text is not first.pipeline.text
-    assert second.pipeline.vae is not first.pipeline.vae
+    assert second.pipeline.text is first.pipeline.text
+    assert second.pipeline.vae is first.pipeline.vae
+    assert second.pipeline.mmdit is not first.pipeline.mmdit
+
+
+def test_a_model_that_does_not_fit_says_what_would_help(tiny_bundle: Path) -> None:
+    cramped = Loader(WorkerSettings(device="cpu", dtype="fp32"), free=lambda device: 1000)
+    with pytest.raises(NoRoom, match=r"^a: its weights need .* DARKROOM_MODELS; DARKROOM_T5=no leaves out T5$"):
+        cramped.load(ModelSource("a", tiny_bundle))
 
 
 def test_what_a_variants_card_does_not_say_is_as_its_base_says(tiny_bundle: Path, tmp_path: Path) -> None:
