@@ -1,6 +1,6 @@
 """What several models have in common, held once: nets whose tensors are the same byte for byte, wherever they lie.
 
-The three published models bring the same text encoders and the same VAE, each in a folder of its own.
+Published models each bring their text encoders and VAE in a folder of their own, T5 alone of ten gigabytes.
 """
 
 from __future__ import annotations
