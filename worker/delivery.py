@@ -107,8 +107,9 @@ class Delivery:
             outcome = self._commit(claim, task)
         except StoreUnavailable:
             log.warning("the picture store is away; a finished job is left to others", **about(task.job))
-        except Exception:
+        except Exception as error:
             log.exception("could not commit", **about(task.job))
+            outcome = self._fail(claim, task, error)
         finally:
             self._done(task)
             run_s = time.time() - claim.claimed_at
@@ -134,6 +135,15 @@ class Delivery:
                     if self._closing.wait(pause):
                         raise
             log.warning("redis is away; still holding a finished job", **about(claim.job), cause=cause)
+
+    def _fail(self, claim: Claim, task: Task, error: Exception) -> str:
+        """End a job whose result cannot be committed: held for ever, it would keep others from this worker."""
+        try:
+            committed = self._intake.commit(claim, "failed", Result(failure=explain(task.job, error)))
+        except Exception:
+            log.exception("could not even fail it", **about(task.job))
+            return "lost"
+        return "failed" if committed else "lost"
 
     def _result(self, claim: Claim, task: Task) -> tuple[Outcome, Result]:
         if task.outcome != "succeeded":
@@ -171,12 +181,12 @@ class Delivery:
     def _put_picture(self, claim: Claim, task: Task, n: int) -> Picture:
         """Check, encode and store picture `n` under this execution's own key, so that running twice harms nobody."""
         job = task.job
-        self._storing[claim.key] = time.monotonic()
         pixels, filtered = self._checked(job, task.renderings[n].pixels)
         started = time.perf_counter()
         data = encode(pixels, job, n, filtered=filtered)
         encoded = time.perf_counter()
         key = picture_key(job.id, claim.execution, n, job.output.format)
+        self._storing[claim.key] = time.monotonic()
         self._put(job, key, data)
         self._metrics.stage(job, "encode_image", encoded - started)
         self._metrics.stage(job, "upload", time.perf_counter() - encoded)

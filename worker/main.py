@@ -34,7 +34,7 @@ from worker.models import Loader, Model
 from worker.previews import encode_preview
 from worker.safety import SafetyFilter, safety_filter
 from worker.settings import WorkerSettings
-from worker.status import CANNOT_START, HUNG, State, Status
+from worker.status import CANNOT_START, HUNG, State, Status, Turns
 
 if TYPE_CHECKING:
     from worker.tracing import JobTracing
@@ -114,6 +114,7 @@ class Worker:
         )
         self._running: dict[Task, Claim] = {}  # until committed or handed back
         self._stops = 0  # how often we were told to stop
+        self._control = Turns()
         self._published = False  # Redis knows of us
         self._gpu = next(iter(models.values())).pipeline.device
         self._reported = Every(REPORT_S)
@@ -179,8 +180,10 @@ class Worker:
         """A worker whose GPU thread is dead or hangs can do no more good: its supervisor starts another."""
         if not gpu.is_alive():
             raise RuntimeError("the GPU thread has died")
+        self._control.note()
         current = self.engine.current()
-        if current and time.monotonic() - current.started > max(HUNG_S, HUNG_FACTOR * current.predicted_s):
+        since = max(current.started, self._control.since) if current else 0.0
+        if current and time.monotonic() - since > max(HUNG_S, HUNG_FACTOR * current.predicted_s):
             log.error("the GPU hangs; this process ends", stage=current.stage, jobs=current.job_ids)
             os._exit(HUNG)
 
@@ -267,6 +270,7 @@ class Worker:
 
     def _leave(self, gpu: threading.Thread) -> bool:
         """Finish what can be finished in time, hand the rest back, and go; whether all threads are done as well."""
+        log.info("stopping: what fits the grace period is finished, the rest handed back")
         self._report()
         end = time.monotonic() + self.settings.grace_s
         self._hand_back(self._too_long(self.settings.grace_s))
@@ -352,8 +356,7 @@ def serve() -> int:
     worker = Worker(settings, models, intake, store, metrics, safety, job_tracing(traces))
 
     def on_signal(_signum: int, _frame: object) -> None:
-        log.info("stopping: what fits the grace period is finished, the rest handed back")
-        worker.stop()
+        worker.stop()  # and says nothing: the line that it interrupts may hold the log's lock
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, on_signal)

@@ -65,7 +65,7 @@ class Probes:
 
     def _stuck(self) -> list[str]:
         """What has not moved for too long, though a process that stands still is killed and started again."""
-        silent_s = time.monotonic() - self._supervisor.beat
+        silent_s = time.monotonic() - self._supervisor.turns.last
         stuck = {"the supervisor": silent_s} if silent_s > STUCK_S else {}
         for name, slot in self._named():
             if (status := slot.status()) and (seconds := status.stuck_s()):

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,9 @@ State = Literal["loading", "connecting", "ready", "draining"]
 
 STUCK_S = 60.0
 """A control loop turns several times a second, or once in some seconds where Redis is away."""
+
+STOOD_STILL_S = 5.0
+"""A loop that did not turn for so long was stopped, and most likely all of us with it."""
 
 FOLDER_PREFIX = "darkroom-worker-"
 
@@ -55,6 +58,20 @@ class Status:
         draft = file.with_name(f"{file.name}.new")
         draft.write_text(json.dumps(asdict(self)))
         draft.replace(file)
+
+
+class Turns:
+    """The turns of a loop that watches others, which are not to blame for the time in which it stood still itself."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self.last = self.since = now()  # the last turn; the first since it stood still
+
+    def note(self) -> None:
+        """One more."""
+        before, self.last = self.last, self._now()
+        if self.last - before > STOOD_STILL_S:
+            self.since = self.last
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from worker.contract.errors import QueueUnavailable
 from worker.contract.settings import ContractSettings
 from worker.intake import Intake
 from worker.metrics import forget_gauges
-from worker.status import CANNOT_START, HUNG, Status
+from worker.status import CANNOT_START, HUNG, Status, Turns
 
 log = structlog.get_logger()
 
@@ -27,6 +27,9 @@ COMMAND = (sys.executable, "-P", "-m", "worker.process")
 POLL_S = 0.1
 STEADY_S = 60.0
 """A process that lived this long is started again without the earlier deaths held against it."""
+
+THAW_S = 10.0
+"""After we were stopped, most likely with all of them, processes get so long to say that they turn again."""
 
 STATUS = "status.json"
 """The file in a slot's folder where its process says what it is at."""
@@ -89,7 +92,8 @@ class Supervisor:
     now: Callable[[], float] = time.monotonic
     on_jobs: Callable[[int], None] | None = None  # told again and again how many jobs they hold
     restarts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
-    beat: float = field(default_factory=time.monotonic)  # when it last looked after them
+    turns: Turns = field(default_factory=Turns)  # in which it looks after them
+    _served: bool = False  # one of them was ready once
     _signals: int = 0  # to stop, so far
     _dead: list[str] = field(default_factory=list)  # workers that Redis does not know of yet
 
@@ -100,7 +104,7 @@ class Supervisor:
 
     def jobs(self) -> int:
         """How many jobs its processes hold."""
-        return sum(status.jobs for slot in self.slots if (status := slot.status()))
+        return sum(status.jobs for status in self._statuses())
 
     def run(self) -> int:
         """Until told to stop, or until a process cannot start; the exit status."""
@@ -119,14 +123,15 @@ class Supervisor:
     def _watch(self, intake: Intake) -> int:
         status, passed_on = 0, 0
         while True:
-            self.beat = time.monotonic()
+            self.turns.note()
+            self._served = self._served or any(status.state == "ready" for status in self._statuses())
             for slot in self.slots:
                 if slot.child is None and not self._signals and self.now() >= slot.restart_at:
                     slot.start(self.command)
                     slot.born = self.now()
                 elif slot.child and slot.child.exit_code is not None:
                     status = self._on_exit(slot, slot.child) or status
-                else:
+                elif self.turns.last - self.turns.since > THAW_S:
                     slot.kill_if_stuck()
             if status == CANNOT_START:
                 self._signals = max(self._signals, 1)
@@ -142,13 +147,17 @@ class Supervisor:
                 return status
             time.sleep(POLL_S)
 
+    def _statuses(self) -> Iterator[Status]:
+        return (status for slot in self.slots if (status := slot.status()))
+
     def _on_exit(self, slot: Slot, child: Child) -> int:
         """Notes that a process ended; the exit status that follows from it."""
         slot.ended()
         code = child.exit_code or 0
         if code:
             self._dead.append(slot.name)
-        if code == CANNOT_START or self._signals:
+        # One of several GPUs that is lost or full for a while ends none of the others: the settings were good once
+        if (code == CANNOT_START and not self._served) or self._signals:
             return code if code > 0 else 0
         self.restarts["hung" if slot.given_up else reason(code)] += 1
         slot.deaths = 1 if self.now() - slot.born > STEADY_S else slot.deaths + 1

@@ -126,7 +126,7 @@ def test_a_control_loop_that_stands_still_is_neither_alive_nor_ready(site: Site,
 
 
 def test_a_supervisor_that_stands_still_is_not_alive(site: Site) -> None:
-    site.supervisor.beat -= STUCK_S + 15
+    site.supervisor.turns.last -= STUCK_S + 15
     assert site.ask("/healthz")[1]["stuck"] == ["the supervisor has not moved for 75 s"]
 
 

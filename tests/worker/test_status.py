@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.status import Status, shared_folder
+from worker.status import STOOD_STILL_S, Status, Turns, shared_folder
 
 HOLD = """
 import sys, time
@@ -61,3 +61,12 @@ def test_the_folder_of_a_killed_supervisor_is_deleted_by_the_next_and_no_other(t
 def test_a_folder_that_cannot_be_made_says_where(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="nowhere"), shared_folder(tmp_path / "nowhere"):
         pass
+
+
+def test_a_loop_knows_since_when_it_turns_without_having_stood_still() -> None:
+    now = [100.0]
+    turns = Turns(lambda: now[0])
+    for pause, since in ((1, 100), (STOOD_STILL_S, 100), (STOOD_STILL_S + 1, 112), (1, 112)):
+        now[0] += pause
+        turns.note()
+        assert (turns.last, turns.since) == (now[0], since)

@@ -21,6 +21,9 @@ from worker.supervisor import Slot, Supervisor
 command = (sys.executable, "-c", sys.argv[2])
 sys.exit(Supervisor(ContractSettings(redis_url=sys.argv[1]), [Slot({})], 3, command).run())
 """
+SUPERVISE_IN = SUPERVISE.replace("import sys\n", "import sys\nfrom pathlib import Path\n", 1).replace(
+    "Slot({})", "Slot({}, Path(sys.argv[3]))"
+)
 CLAIM_AND_DIE = """
 import os, signal
 from worker.contract.settings import ContractSettings
@@ -72,6 +75,23 @@ async def test_a_job_that_kills_its_worker_each_time_fails_and_the_supervisor_li
 def test_a_process_that_cannot_start_is_not_tried_again(redis_url, monkeypatch):
     with start(redis_url, "import sys; sys.exit(2)", monkeypatch) as supervisor:
         assert supervisor.wait(60) == 2
+
+
+def test_a_process_that_cannot_start_again_is_tried_again_and_ends_no_others(redis_url, monkeypatch, tmp_path):
+    log = tmp_path / "starts"
+    child = (
+        "import os, sys, time; from pathlib import Path; from worker.status import Status;"
+        f"file = open({str(log)!r}, 'a'); file.write('x'); file.flush(); again = file.tell();"
+        "again > 2 and time.sleep(99); again > 1 and sys.exit(2);"
+        "Status('ready', 0, time.monotonic()).write(Path(os.environ['DARKROOM_WORKER_STATUS'])); time.sleep(1)"
+    )
+    monkeypatch.setenv("DARKROOM_REDIS_URL", redis_url)
+    command = [sys.executable, "-c", SUPERVISE_IN, redis_url, child, str(tmp_path / "slot")]
+    with subprocess.Popen(command) as supervisor:
+        wait_until(lambda: log.exists() and log.read_text() == "xxx", 30)
+        assert supervisor.poll() is None
+        supervisor.terminate()
+        assert supervisor.wait(30) == 0
 
 
 def test_a_process_that_ends_well_by_itself_is_started_again(redis_url, monkeypatch, tmp_path):
