@@ -202,3 +202,16 @@ async def test_what_is_no_outage_fails_the_job_at_once(queue: JobQueue, intake: 
     assert view.result.failure is not None
     assert view.result.failure.code == "internal_error"
     assert site.retries() == 0
+
+
+async def test_result_that_cannot_be_committed_fails_its_job_instead_of_holding_it(site: Site) -> None:
+    site.store.back.set()
+    job = make_job()
+    task = Task(job, renderings=[Rendering(PIXELS)], outcome="succeeded", seconds={"denoise": object()})  # type: ignore[dict-item]
+    site.delivery.send(await site.claim(job), task)
+    wait_until(lambda: bool(site.done))
+    view = await site.view(job)
+    assert (view.status, view.result and view.result.failure and view.result.failure.code) == (
+        "failed",
+        "internal_error",
+    )
