@@ -106,14 +106,13 @@ def _bring(request: Request, repo: str, folder: ModelFolder, hub: Hub, meter: Te
     folder.tidy(missing)
     folder.require_room(missing)
     meter.begin("fetching", sum(file.size for file in missing))
-    index = [file for file in missing if file.path == INDEX]
-    folder.receive(hub, wanted, index, meter)
-    _require_servable(folder.root / INDEX, repo)  # before the many gigabytes
-    paths = {file.path for file in wanted.files}
-    folder.forget([file for file in known.files if file.path not in paths] if known else [])
-    folder.note(wanted, complete=False)
-    folder.receive(hub, wanted, [file for file in missing if file not in index], meter)
-    folder.note(wanted, complete=True)
+    index = next(file for file in wanted.files if file.path == INDEX)
+    folder.receive(hub, wanted, [file for file in missing if file == index], meter)
+    _require_servable(folder.path_of(index), repo)  # before the many gigabytes
+    if not folder.may_serve(known):
+        folder.promise(wanted, known)  # so that the next fetch goes on with this commit
+    folder.receive(hub, wanted, [file for file in missing if file != index], meter)
+    folder.put_in_place(wanted, missing, known)
     return wanted
 
 

@@ -109,7 +109,11 @@ class Record:
 
 
 class ModelFolder:
-    """A folder of one model. What is under way lies in its `.fetch`; a file has its name only once its sum is right.
+    """A folder of one model. What is under way lies in its `.fetch`; files get their names once all are here and right.
+
+    Of another revision names and shapes are the same, so a worker that started among files of both would not notice.
+    While files get their names the record says that the folder is not complete, and no worker loads it
+    (model/layouts.py).
 
     Two processes may fetch into it: the second waits. Where the file system has no locks both write the same bytes
     at the same places.
@@ -148,7 +152,10 @@ class ModelFolder:
         with self._writing():
             if complete:
                 times = {file.path: (self.root / file.path).stat().st_mtime_ns for file in record.files}
-            fresh.write_text(json.dumps(asdict(replace(record, written=times)), indent=1))
+            with fresh.open("w") as file:
+                file.write(json.dumps(asdict(replace(record, written=times)), indent=1))
+                file.flush()
+                os.fsync(file.fileno())  # also after a power cut it says no more than is true
             fresh.replace(self._state / "record.json")
 
     def untouched(self, record: Record) -> bool:
@@ -165,11 +172,46 @@ class ModelFolder:
         right = {file for file in present if self._sum(file, meter) == file.sum}
         return [file for file in doubtful if file not in right]
 
-    def forget(self, files: Sequence[RemoteFile]) -> None:
-        """Removes files of another commit, which a loader might take for this one's."""
+    def may_serve(self, known: Record | None) -> bool:
+        """Whether a worker might load what is here: it is complete, or it is here without a record."""
+        if known:
+            return known.written is not None
+        return any(path.name != STATE for path in self.root.iterdir())
+
+    def promise(self, record: Record, known: Record | None) -> None:
+        """From now on the folder is not complete and shall hold the record; what `known` alone has is removed."""
+        if known:
+            self.note(known, complete=False)  # should this break off, it still names all that is to be removed
+        paths = {file.path for file in record.files}
         with self._writing():
-            for file in files:
-                (self.root / file.path).unlink(missing_ok=True)
+            for file in known.files if known else ():
+                if file.path not in paths:  # a loader might take it for one of the record's
+                    (self.root / file.path).unlink(missing_ok=True)
+        self.note(record, complete=False)
+
+    def put_in_place(self, record: Record, arrived: Sequence[RemoteFile], known: Record | None) -> None:
+        """Makes what arrived and what is here already the record's folder, as fast as renaming goes. NoRoom."""
+        with self._writing():
+            for file in arrived:
+                (self.root / file.path).parent.mkdir(parents=True, exist_ok=True)
+        self.promise(record, known)
+        with self._writing():
+            for file in arrived:
+                self._name(file)
+        self.note(record, complete=True)
+
+    def _name(self, file: RemoteFile) -> None:
+        target = self.root / file.path
+        try:
+            self._part(file).replace(target)
+        except FileNotFoundError:
+            if not target.exists():  # where there are no locks another fetch may have put it there
+                raise
+
+    def path_of(self, file: RemoteFile) -> Path:
+        """Where the bytes of a file are that has arrived, or was here."""
+        part = self._part(file)
+        return part if part.exists() else self.root / file.path
 
     def tidy(self, missing: Sequence[RemoteFile]) -> None:
         """Removes what had arrived of files that are not missing (any more)."""
@@ -179,7 +221,7 @@ class ModelFolder:
                 part.unlink(missing_ok=True)
 
     def require_room(self, files: Sequence[RemoteFile], free: Callable[[Path], int] | None = None) -> None:
-        """Returns if the files fit on the disk, beside what is here of them. NoRoom."""
+        """Returns if the files fit on the disk, beside what is here of them and those that they replace. NoRoom."""
         begun = sum(part.stat().st_size for file in files if (part := self._part(file)).exists())
         ahead = sum(file.size for file in files) - begun
         room = (free or _free)(self.root)
@@ -187,7 +229,7 @@ class ModelFolder:
             raise NoRoom(f"{gigabytes(ahead)} are still to come, and {self.root} has {gigabytes(room)} free")
 
     def receive(self, hub: Hub, record: Record, files: Sequence[RemoteFile], meter: Meter) -> None:
-        """Brings the files, several at a time. FetchFailed; what has arrived by then stays."""
+        """Brings the files, several at a time, not yet to their places. FetchFailed; what has arrived by then stays."""
         with ThreadPoolExecutor(STREAMS) as pool:
             largest_first = sorted(files, key=lambda file: -file.size)
             arriving = [pool.submit(self._receive, hub, record, file, meter) for file in largest_first]
@@ -201,9 +243,8 @@ class ModelFolder:
 
     def _receive(self, hub: Hub, record: Record, file: RemoteFile, meter: Meter) -> None:
         """Brings one file. If its first part is from an earlier run and the sum is wrong, once more from the start."""
-        target, part = self.root / file.path, self._part(file)
+        part = self._part(file)
         with self._writing():
-            target.parent.mkdir(parents=True, exist_ok=True)
             resumed = part.exists()
             if not (right := self._receive_part(hub, record, file, meter)) and resumed:
                 part.unlink()
@@ -215,11 +256,6 @@ class ModelFolder:
                     f"{file.path} arrived with other bytes than {hub.endpoint} lists ({file.size} bytes, {file.sum})"
                     " and was thrown away: is there something between here and there that changes it?"
                 )
-            try:
-                part.replace(target)
-            except FileNotFoundError:
-                if not target.exists():  # where there are no locks another fetch may have put it there
-                    raise
         meter.say(f"{file.path}, {gigabytes(file.size)}")
 
     def _receive_part(self, hub: Hub, record: Record, file: RemoteFile, meter: Meter) -> bool:

@@ -116,6 +116,8 @@ def load_components(
     missing = {part: plan for part, plan in plans.items() if nets.get(part) is None}
     check_room({part: plan.nbytes(dtype) for part, plan in missing.items()}, to[0], free(to[0]))
     nets |= {part: plan.filled(*to, sources.difference if part == MMDIT else None) for part, plan in missing.items()}
+    revision = sources.revision
+    sources.require_unchanged()
     for part, plan in missing.items():
         if part != MMDIT:
             shelf.put(plan.net, plan.weights)
@@ -130,7 +132,7 @@ def load_components(
         mmdit_config=sources.mmdit_config,
         vae_config=sources.vae_config,
         variant=name,
-        revision=sources.revision,
+        revision=revision,
         shift=sources.shift,
     )
 

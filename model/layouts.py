@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from transformers import CLIPTextConfig, T5Config
 
@@ -33,6 +33,9 @@ IGNORED = ("position_ids", "logit_scale", "betas", "alphas_cumprod", "denoiser.s
 MMDIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 CLIP_L, CLIP_G, T5 = "clip_l", "clip_g", "t5xxl"
+FETCHED = Path(".fetch", "record.json")
+"""What `darkroom fetch` (app/weights.py) says of a folder: `written` is null unless all files are of one revision."""
+
 TEXT_PREFIX = "text_encoders.{}."
 MMDIT_KEY, VAE_KEY = "x_embedder.proj.weight", "decoder.conv_in.weight"
 
@@ -48,6 +51,25 @@ CLIP_G_REST: dict[str, Any] = CLIP_L_REST | {"hidden_act": "gelu"}
 T5_REST: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "relative_attention_max_distance": 128}
 
 C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What `darkroom fetch` said of a folder."""
+
+    folder: Path
+    record: Mapping[str, Any] | None  # None: nothing
+
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """Of now. CheckpointError unless the folder is complete, or was filled by somebody else."""
+        record = read_json(folder / FETCHED) if (folder / FETCHED).is_file() else None
+        if record is not None and record.get("written") is None:
+            raise CheckpointError(
+                f"{folder} is not complete: `darkroom fetch` is at work there, or was cut off and may have left files of"
+                " two revisions; the same `darkroom fetch` goes on from there"
+            )
+        return cls(folder, record)
 
 
 @dataclass(frozen=True)
@@ -68,6 +90,7 @@ class Sources:
     original: bool  # Stability's names; else diffusers'
     shift: Shift = SHIFT
     difference: Difference | None = None  # from the MMDiT of these files
+    fetched: Fetched | None = None  # what was said of the folder when they were found
 
     @property
     def files(self) -> list[WeightFile]:
@@ -86,6 +109,13 @@ class Sources:
         """Changes when the MMDiT that a variant may differ from does."""
         return _digest((self.mmdit_config,), self.mmdit.files)
 
+    def require_unchanged(self) -> None:
+        """Returns if no fetch has put other files in the place of these since they were found. CheckpointError."""
+        if self.fetched and Fetched.of(self.fetched.folder) != self.fetched:
+            raise CheckpointError(
+                f"{self.fetched.folder} was fetched anew while it was read; the next start loads that"
+            )
+
 
 def _digest(said: tuple[object, ...], files: Iterable[WeightFile]) -> str:
     """Twelve hex digits of the weights files' fingerprints and of what the config files say."""
@@ -101,9 +131,9 @@ def find(path: Path, load_t5: bool = True) -> Sources:
         raise CheckpointError(f"{path} does not exist")
     if (variant := variant_at(path)) is not None:
         return _differing(variant, find(variant.base, load_t5))
-    if (path / "model_index.json").is_file():
-        return _diffusers(path, load_t5)
-    return _original(path, load_t5)
+    fetched = Fetched.of(path)
+    found = _diffusers if (path / "model_index.json").is_file() else _original
+    return replace(found(path, load_t5), fetched=fetched)
 
 
 def _differing(variant: Variant, base: Sources) -> Sources:

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,8 @@ from app.cli import cli
 from app.fetch import Request, Terminal, fetch
 from app.hub import FetchFailed, Hub, HubAway, NoRoom, RemoteFile
 from app.weights import ModelFolder, needed
+from model.layouts import Fetched, find
+from model.weights import CheckpointError
 from tests.hub import MAIN, HubServer, files_of, serving
 
 ROOT = Path(__file__).parents[2]
@@ -424,6 +426,85 @@ def test_another_revision_replaces_the_files_of_the_one_before(hub: HubServer, t
     assert held(tmp_path) == fresh
     assert not list((tmp_path / ".fetch").glob("*.part"))
     assert len([one for one in hub.requests if "/resolve/" in one.path]) == 3
+
+
+def changed(hub: HubServer) -> dict[str, bytes]:
+    """The files of `main` from now on: of the same names and sizes as before, with other weights."""
+    fresh = {path: data.upper() if path.endswith(".safetensors") else data for path, data in NEEDED.items()}
+    repo = hub.repos[LARGE]
+    repo.commits["2" * 40], repo.branches["main"] = fresh, "2" * 40
+    return fresh
+
+
+def test_another_revision_that_is_cut_off_leaves_the_one_before_whole(hub: HubServer, tmp_path: Path) -> None:
+    run(hub, "--to", tmp_path)
+    fresh = changed(hub)
+    hub.cuts = {MMDIT: [50_000] + [0] * 8}
+    with pytest.raises(HubAway):
+        at_once(hub, Request("sd3.5-large", tmp_path, revision="main"))
+    assert held(tmp_path) == NEEDED
+    assert Fetched.of(tmp_path).record
+    assert run(hub, "--to", tmp_path, "--check", "--revision", MAIN).exit_code == 0
+    hub.requests.clear()
+    hub.cuts = {}
+    assert run(hub, "--to", tmp_path, "--revision", "main").exit_code == 0
+    assert held(tmp_path) == fresh
+    assert [one.range for one in hub.asked(MMDIT)] == ["bytes=50000-"]
+
+
+def test_a_folder_whose_files_are_being_put_in_place_is_refused_by_the_loader_until_a_fetch_goes_on(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(hub, "--to", tmp_path)
+    fresh = changed(hub)
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelFolder, "_name", named_until("text_encoder_3/model-00002-of-00002.safetensors"))
+        with pytest.raises(KeyboardInterrupt):
+            at_once(hub, Request("sd3.5-large", tmp_path, revision="main"))
+    assert held(tmp_path) not in (NEEDED, fresh)
+    with pytest.raises(CheckpointError, match=f"{tmp_path} is not complete.*the same `darkroom fetch` goes on"):
+        find(tmp_path)
+    hub.requests.clear()
+    assert run(hub, "--to", tmp_path).exit_code == 0
+    assert (held(tmp_path), hub.requests) == (fresh, [])
+    assert Fetched.of(tmp_path).record
+
+
+def named_until(last: str) -> Callable[[ModelFolder, RemoteFile], None]:
+    """`ModelFolder._name`, cut off after a file."""
+    name = ModelFolder._name
+
+    def named(folder: ModelFolder, file: RemoteFile) -> None:
+        if file.path > last:
+            raise KeyboardInterrupt
+        name(folder, file)
+
+    return named
+
+
+def test_a_first_fetch_that_is_cut_off_goes_on_with_its_commit_and_is_refused_by_the_loader(
+    hub: HubServer, tmp_path: Path
+) -> None:
+    hub.cuts = {MMDIT: [50_000] + [0] * 8}
+    with pytest.raises(HubAway):
+        at_once(hub, Request("sd3.5-large", tmp_path))
+    with pytest.raises(CheckpointError, match="is not complete"):
+        find(tmp_path)
+    changed(hub)
+    hub.cuts = {}
+    assert run(hub, "--to", tmp_path).exit_code == 0
+    assert held(tmp_path) == NEEDED
+
+
+def test_files_without_a_record_stay_loadable_until_all_others_are_here(hub: HubServer, tmp_path: Path) -> None:
+    for path, data in (NEEDED | {"vae/config.json": b"{}"}).items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(data)
+    before = held(tmp_path)
+    hub.lies = {"vae/config.json"}
+    assert run(hub, "--to", tmp_path).exit_code == 7
+    assert held(tmp_path) == before
+    assert Fetched.of(tmp_path).record is None
 
 
 def test_another_kind_of_model_is_refused_before_its_weights_are_fetched(hub: HubServer, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model import config as model_config
 from model.checkpoint import CheckpointError, Components, load_components, variant_of
+from model.layouts import FETCHED
 from model.weights import WeightFile, Weights, tensors_of
 from tests.model import tiny
 from tests.model.tiny import assert_same_weights, nets
@@ -551,6 +552,27 @@ def test_folder_with_two_single_files_is_refused_by_their_names(main: Path) -> N
         CheckpointError, match=r"another.safetensors, sd3.5_tiny.safetensors, expected model_index.json or one"
     ):
         load(main.parent)
+
+
+def test_folder_that_was_fetched_in_part_is_refused(folder: Path) -> None:
+    (folder / FETCHED.parent).mkdir()
+    (folder / FETCHED).write_text('{"written": {}}')
+    load(folder)
+    (folder / FETCHED).write_text('{"written": null}')
+    with pytest.raises(CheckpointError, match=f"{folder} is not complete: .* goes on from there"):
+        load(folder)
+
+
+def test_folder_that_is_fetched_anew_while_it_is_loaded_is_refused(folder: Path) -> None:
+    (folder / FETCHED.parent).mkdir()
+    (folder / FETCHED).write_text('{"commit": "a", "written": {}}')
+
+    def free(_: torch.device) -> int:  # asked once the files are found, before they are read
+        (folder / FETCHED).write_text('{"commit": "b", "written": {}}')
+        return 10**12
+
+    with pytest.raises(CheckpointError, match=f"{folder} was fetched anew"):
+        load(folder, free=free)
 
 
 def test_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
