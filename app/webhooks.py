@@ -29,7 +29,7 @@ from app.settings import GatewaySettings
 from app.signing import Signer
 from app.webhook_signature import signature_headers, signing_secret
 from app.webhook_target import GuardedNetwork, Target, TargetRefused, Targets
-from worker.contract.errors import QueueUnavailable, UnknownGeneration
+from worker.contract.errors import QueueUnavailable, SchemaUnknown, UnknownGeneration
 from worker.contract.job import TERMINAL, JobView, Webhook
 from worker.contract.outbox import Entry, Outbox
 from worker.contract.queue import JobQueue
@@ -206,27 +206,48 @@ class Sender:
 
     async def _send(self, entry: Entry) -> None:
         """One attempt to deliver a message, whatever comes of it."""
-        started = time.monotonic()
         try:
-            view = await self._queue.view(entry.job_id)
-            webhook = view.job.webhook
-            if webhook is None or (entry.event == "progress" and view.status in TERMINAL):
-                return  # its record was replaced; or the end is told by now, and took this out
-            answer = await self._attempt(entry, view, webhook)
-            if entry.event == "progress":  # as long as this one is not settled there will be no other
-                await asyncio.sleep(PROGRESS_EVERY_S - (time.monotonic() - started))
-            await self._settle(entry, answer, view.job.request_id)
+            if view := await self._view(entry):
+                await self._tell(entry, view)
         except UnknownGeneration:
             return
         except QueueUnavailable as error:  # it will be sent again, under the same id
             self._log.warning("redis_away", error=str(error.__cause__))
+        except Exception:  # once its lease is over it will be, too
+            self._log.exception("webhook_unsettled", generation=entry.job_id, webhook_event=entry.event)
+
+    async def _view(self, entry: Entry) -> JobView | None:
+        """The job of a message. One that this sender cannot read it leaves to others. UnknownGeneration."""
+        about = {"generation": entry.job_id, "webhook_event": entry.event}
+        try:
+            return await self._queue.view(entry.job_id)
+        except (UnknownGeneration, QueueUnavailable):
+            raise
+        except SchemaUnknown as error:  # while versions change, a newer one is at work beside this
+            self._log.warning("webhook_unread", **about, error=str(error))
+        except Exception:
+            self._log.exception("webhook_unread", **about)
+        await self._outbox.leave(entry, self._settings.webhook_retry_s * self._jitter())
+        return None
+
+    async def _tell(self, entry: Entry, view: JobView) -> None:
+        started, webhook = time.monotonic(), view.job.webhook
+        if webhook is None or (entry.event == "progress" and view.status in TERMINAL):
+            return  # its record was replaced; or the end is told by now, and took this out
+        answer = await self._attempt(entry, view, webhook)
+        if entry.event == "progress":  # as long as this one is not settled there will be no other
+            await asyncio.sleep(PROGRESS_EVERY_S - (time.monotonic() - started))
+        await self._settle(entry, answer, view.job.request_id)
 
     async def _attempt(self, entry: Entry, view: JobView, webhook: Webhook) -> Answer:
         try:
-            body = self._body(entry, view)
+            return await self._post(entry, view, webhook)
         except Exception:
-            self._log.exception("webhook_without_body", **_about(entry, view.job.request_id))
+            self._log.exception("webhook_not_sent", **_about(entry, view.job.request_id))
             return Answer(0.0, error="not sent: something failed on our side")
+
+    async def _post(self, entry: Entry, view: JobView, webhook: Webhook) -> Answer:
+        body = self._body(entry, view)
         headers = {
             "content-type": "application/json",
             "user-agent": "darkroom-webhooks",

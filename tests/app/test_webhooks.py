@@ -31,6 +31,8 @@ from tests.app.conftest import BASE_URL, client_of, until
 from tests.app.fake_worker import FakeWorker
 from tests.conftest import Valkey
 from tests.processes import wait_until
+from worker.contract.errors import SchemaUnknown
+from worker.contract.job import JobView
 from worker.contract.outbox import Entry, Outbox
 from worker.contract.queue import JobQueue
 
@@ -113,9 +115,11 @@ def sender_log() -> io.StringIO:
 
 
 @asynccontextmanager
-async def sending(settings: WebhookSettings, log: io.StringIO, allow: str = LOOPBACK) -> AsyncIterator[Sender]:
+async def sending(
+    settings: WebhookSettings, log: io.StringIO, allow: str = LOOPBACK, queue: JobQueue | None = None
+) -> AsyncIterator[Sender]:
     """A sender at work in this process."""
-    outbox, queue = Outbox.connect(settings), JobQueue.connect(settings)
+    outbox, queue = Outbox.connect(settings), queue or JobQueue.connect(settings)
     courier = Courier(Targets(Allowed.parse(allow)), settings.webhook_timeout_s)
     sender, stopping = Sender(settings, outbox, queue, courier, make_log("json", log)), asyncio.Event()
     running = asyncio.create_task(sender.run(stopping))
@@ -382,6 +386,56 @@ async def test_line_about_a_message_has_the_id_of_the_request_that_made_its_job(
     await until(lambda: logged(sender_log, "delivered"))
     line = next(line for line in map(json.loads, sender_log.getvalue().splitlines()) if line["event"] == "webhook")
     assert (line["request_id"], line["generation"], line["outcome"]) == ("r-1", job_id, "delivered")
+
+
+class Older(JobQueue):
+    """A queue as a sender sees it that cannot read the jobs."""
+
+    failure: Exception = SchemaUnknown(99, 1)
+
+    async def view(self, job_id: str) -> JobView:
+        raise self.failure
+
+
+@pytest.mark.parametrize("failure", [SchemaUnknown(99, 1), RuntimeError("a surprise")])
+async def test_message_that_a_sender_cannot_read_is_left_to_others_with_all_its_attempts(
+    served: httpx.AsyncClient,
+    receiver: Receiver,
+    settings: WebhookSettings,
+    sender_log: io.StringIO,
+    failure: Exception,
+) -> None:
+    job_id = await ask(served, receiver)
+    older = Older.connect(settings)
+    older.failure = failure
+
+    async def often() -> bool:
+        return sender_log.getvalue().count("webhook_unread") > settings.webhook_attempts
+
+    async with sending(settings, sender_log, queue=older):
+        await until(often)
+    assert "webhook_unsettled" not in sender_log.getvalue()
+    receiver.statuses = [500]
+    async with sending(settings, sender_log):
+        log = await log_of(served, job_id, 2)
+    assert [(one["attempt"], one["outcome"]) for one in log] == [(1, "retry"), (2, "delivered")]
+
+
+class Broken:
+    """A courier that fails as nobody expects."""
+
+    async def post(self, *_: object) -> Answer:
+        raise RuntimeError("a surprise")
+
+
+async def test_surprise_while_sending_counts_as_an_attempt(
+    served: httpx.AsyncClient, receiver: Receiver, sender: Sender, sender_log: io.StringIO
+) -> None:
+    sender._courier = Broken()  # type: ignore[assignment]
+    log = await log_of(served, await ask(served, receiver), 3)
+    assert [(one["attempt"], one["outcome"]) for one in log] == [(1, "retry"), (2, "retry"), (3, "dead")]
+    assert log[0]["error"] == "not sent: something failed on our side"
+    assert "a surprise" in sender_log.getvalue()
 
 
 class Shelf:

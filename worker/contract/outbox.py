@@ -67,6 +67,10 @@ class Outbox:
         """It did not arrive, and is given up."""
         await self._settle(entry, "dead", delivery)
 
+    async def leave(self, entry: Entry, delay_s: float) -> None:
+        """Nothing was sent, for another sender may do better: it is due again in `delay_s` seconds, as this attempt."""
+        await self._settle(entry, "left", {}, delay_s)
+
     async def waiting(self) -> int:
         """How many messages are not delivered yet."""
         with reaching_redis():
@@ -83,7 +87,11 @@ class Outbox:
         return max(0.0, now - float(first[0][1])) if first else 0.0
 
     async def _settle(
-        self, entry: Entry, outcome: Literal["done", "retry", "dead"], delivery: dict[str, Any], delay_s: float = 0.0
+        self,
+        entry: Entry,
+        outcome: Literal["done", "retry", "dead", "left"],
+        delivery: dict[str, Any],
+        delay_s: float = 0.0,
     ) -> None:
         name, at = f"{entry.job_id}:{entry.event}", f"{entry.at:.6f}"
         line = json.dumps(delivery, separators=(",", ":"))

@@ -166,6 +166,29 @@ async def test_sender_that_was_too_slow_neither_puts_off_nor_gives_up_another_s_
     assert await outbox.waiting() == 0
 
 
+async def test_message_that_is_left_comes_again_as_the_same_attempt_and_is_not_in_the_log(
+    queue, outbox, make_job, client
+):
+    job = await ended_job(queue, make_job)
+    for _ in range(3):
+        (entry,) = await outbox.due("s1", 10, 60)
+        await outbox.leave(entry, 1000)
+        assert await outbox.due("s2", 10, 60) == []
+        client.zincrby("darkroom:outbox", -1001, f"{job.id}:completed")
+    (taken,) = await outbox.due("s2", 10, 60)
+    assert (taken.id, taken.attempt) == (entry.id, 1)
+    assert (await queue.view(job.id)).deliveries == ()
+
+
+async def test_sender_that_was_too_slow_does_not_leave_another_s_message(queue, outbox, make_job):
+    await ended_job(queue, make_job)
+    (slow,) = await outbox.due("s1", 10, 0)
+    await outbox.due("s2", 10, 0)
+    await outbox.leave(slow, 1000)
+    (third,) = await outbox.due("s3", 10, 0)
+    assert third.attempt == 3
+
+
 async def test_log_keeps_the_last_deliveries(queue, outbox, make_job):
     job = await ended_job(queue, make_job)
     for n in range(KEPT + 5):
