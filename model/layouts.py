@@ -66,8 +66,8 @@ class Fetched:
         record = read_json(folder / FETCHED) if (folder / FETCHED).is_file() else None
         if record is not None and record.get("written") is None:
             raise CheckpointError(
-                f"{folder} is not complete: `darkroom fetch` is at work there, or was cut off and may have left files of"
-                " two revisions; the same `darkroom fetch` goes on from there"
+                f"{folder} is not complete: `darkroom fetch` is at work there, or was cut off and may have left files"
+                " of two revisions; the same `darkroom fetch` goes on from there"
             )
         return cls(folder, record)
 
