@@ -17,17 +17,27 @@ from app.errors import ClientGone, Forbidden, NoPicture, NotFinished, PictureLos
 from app.limits import resolve
 from app.links import Links
 from app.schemas import GenerationCreate
-from worker.contract.errors import DarkroomError, PicturesExpired, StoreUnavailable, UnknownGeneration
+from worker.contract.errors import (
+    DarkroomError,
+    PicturesExpired,
+    QueueUnavailable,
+    StoreUnavailable,
+    UnknownGeneration,
+)
 from worker.contract.events import Event
 from worker.contract.job import TERMINAL, Job, JobView, Picture, Webhook
 from worker.contract.link import end
-from worker.contract.queue import WATCH_S, Idempotency
+from worker.contract.queue import RECHECK_S, WATCH_S, Idempotency
 
 if TYPE_CHECKING:
     from app.deps import Gateway
 
 STORE_TIMEOUT_S = 10.0
 WATCH_EVERY_S = WATCH_S / 3
+
+AWAY_FIRST_S, AWAY_LAST_S = 0.1, RECHECK_S
+"""Pauses of who waits for a job while Redis is away: twice as long each time."""
+
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -100,11 +110,11 @@ class Jobs:
         """The job once it has ended, when the time is up, or when the gateway drains.
 
         ClientGone if nobody waits any more; the job is canceled first if `cancel_if_gone`. Nothing else is raised:
-        the job is accepted, and an answer that says so is better than none.
+        the job is accepted, and an answer that says so is better than none. Redis may go away and come back meanwhile;
+        where it is away in the end, the job is given as it was.
         """
-        async with _together(
-            self._queue.wait(view.job.id, seconds), self._gateway.draining.wait(), gone(self._request)
-        ) as (waiting, _draining, leaving):
+        work = self._wait(view.job.id, seconds), self._gateway.draining.wait(), gone(self._request)
+        async with _together(*work) as (waiting, _draining, leaving):
             if leaving.done() and not waiting.done():
                 if cancel_if_gone:
                     with contextlib.suppress(DarkroomError):
@@ -113,6 +123,20 @@ class Jobs:
             with contextlib.suppress(DarkroomError):
                 return waiting.result() if waiting.done() else await self._queue.view(view.job.id)
             return view
+
+    async def _wait(self, job_id: str, seconds: float) -> JobView:
+        """The job once it has ended or the time is up. UnknownGeneration; QueueUnavailable only when the time is up."""
+        loop = asyncio.get_running_loop()
+        end_at, pause_s = loop.time() + seconds, AWAY_FIRST_S
+        while True:
+            try:
+                return await self._queue.wait(job_id, max(0, end_at - loop.time()))
+            except QueueUnavailable:
+                left_s = end_at - loop.time()
+                if left_s <= 0:
+                    raise
+            await asyncio.sleep(min(pause_s, left_s))
+            pause_s = min(2 * pause_s, AWAY_LAST_S)
 
     async def cancel(self, job_id: str) -> JobView:
         """Cancels a queued job at once, a running one at its next step; leaves an ended one. UnknownGeneration."""
@@ -233,5 +257,7 @@ async def _together(*work: Any) -> AsyncIterator[list[asyncio.Task[Any]]]:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         yield tasks
     finally:
+        for task in tasks:  # all before any is waited for: whoever waits here may be canceled in turn
+            task.cancel()
         for task in tasks:
             await end(task)

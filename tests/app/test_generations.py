@@ -182,7 +182,7 @@ async def test_held_create_still_answers_202_when_redis_goes_away_meanwhile(sett
     queue = Vanishing.connect(settings)
     _publish_cards(settings)
     async with client_of(create_app(settings, queue)) as client:
-        answer = await client.post("/v1/generations", json=TINY, headers=WAIT)
+        answer = await client.post("/v1/generations", json=TINY, headers={"prefer": "wait=1"})
     await queue.close()
     assert answer.status_code == 202
     assert answer.json()["status"] == "queued"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -11,19 +14,34 @@ from fastapi import FastAPI
 from starlette.requests import Request
 
 from app.auth import ANONYMOUS
-from app.errors import WaitTooLong
+from app.deps import Gateway
+from app.errors import ClientGone, WaitTooLong
 from app.jobs import Jobs
 from app.links import Links
 from app.schemas import GenerationCreate
 from app.settings import GatewaySettings
+from model.params import GenerationParams
 from tests.app.conftest import BASE_URL
 from tests.app.fake_worker import FakeWorker
+from worker.contract.errors import QueueUnavailable
+from worker.contract.job import Job, JobView
 from worker.contract.keys import Keyring, new_key
 from worker.contract.queue import Idempotency
 from worker.intake import Intake
 
 TINY = {"model": "tiny", "prompt": "a red circle"}
 CREATE = GenerationCreate(**TINY)  # type: ignore[arg-type]
+QUEUED = JobView(
+    job=Job(
+        id="gen_1",
+        model="tiny",
+        revision="r1",
+        params=GenerationParams(prompt="x", width=64, height=64, steps=2, guidance_scale=3.0, seed=1),
+        created_at=0,
+        deadline=0,
+    ),
+    status="queued",
+)
 UNKNOWN = f"/v1/generations/gen_{'0' * 31}"
 
 
@@ -116,6 +134,80 @@ async def test_request_that_comes_again_under_its_key_is_answered_however_long_t
     first = await slow_jobs.accept(CREATE, idempotency=key, hold_s=10)
     again = await slow_jobs.accept(CREATE, idempotency=key, hold_s=10)
     assert again.job.id == first.job.id
+
+
+class Away:
+    """A queue that is never there."""
+
+    async def wait(self, *_: object) -> JobView:
+        raise QueueUnavailable
+
+    async def cancel(self, *_: object) -> JobView:
+        raise QueueUnavailable
+
+
+class Stubborn:
+    """A queue whose waiter does not end when it is told to, but when it may."""
+
+    def __init__(self) -> None:
+        self.waits, self.told, self.may_end = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def wait(self, *_: object) -> JobView:
+        self.waits.set()
+        while not self.may_end.is_set():
+            try:
+                await self.may_end.wait()
+            except asyncio.CancelledError:
+                self.told.set()
+        raise QueueUnavailable
+
+
+class Client:
+    """The other end of a request."""
+
+    def __init__(self) -> None:
+        self.leaves, self.left_alone = asyncio.Event(), asyncio.Event()
+
+    async def receive(self) -> dict[str, Any]:
+        try:
+            await self.leaves.wait()
+        finally:
+            self.left_alone.set()
+        return {"type": "http.disconnect"}
+
+
+def jobs_of(queue: Any, client: Client) -> Jobs:
+    """What a client may do with a queue; there is nothing else."""
+    gateway = cast(Gateway, SimpleNamespace(queue=queue, draining=asyncio.Event()))
+    return Jobs(gateway, ANONYMOUS, Request({"type": "http"}, client.receive), Links(BASE_URL))
+
+
+async def test_hold_gives_the_job_as_it_was_when_redis_is_away_until_the_time_is_up() -> None:
+    began = time.monotonic()
+    assert await jobs_of(Away(), Client()).hold(QUEUED, 0.3) == QUEUED
+    assert time.monotonic() - began >= 0.3
+
+
+async def test_hold_ends_when_the_client_leaves_while_redis_is_away() -> None:
+    client = Client()
+    holding = asyncio.create_task(jobs_of(Away(), client).hold(QUEUED, 60, cancel_if_gone=True))
+    client.leaves.set()
+    with pytest.raises(ClientGone):
+        await asyncio.wait_for(holding, 5)
+
+
+async def test_hold_that_is_canceled_again_while_it_ends_leaves_nobody_listening() -> None:
+    queue, client = Stubborn(), Client()
+    holding = asyncio.create_task(jobs_of(queue, client).hold(QUEUED, 60))
+    await queue.waits.wait()
+    holding.cancel()
+    await queue.told.wait()
+    holding.cancel()
+    await asyncio.wait([holding])
+    try:
+        await asyncio.wait_for(client.left_alone.wait(), 5)
+    finally:
+        queue.may_end.set()
 
 
 def _request(app: FastAPI) -> Request:

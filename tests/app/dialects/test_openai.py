@@ -308,6 +308,7 @@ def test_job_that_nobody_can_follow_any_more_is_not_asked_for_again(settings: Ga
             raise QueueUnavailable
 
     worker.go_on.clear()
+    settings = settings.model_copy(update={"hold_s": 1.0})
     with (
         Live(settings, Vanishing.connect(settings)) as live,
         openai.OpenAI(base_url=f"{live.url}/openai/v1", api_key="any") as client,
