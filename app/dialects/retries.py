@@ -51,14 +51,21 @@ async def retry_of(request: Request, jobs: Jobs) -> Retry | None:
 
 
 async def adopted(jobs: Jobs, gateway: Gateway, retry: Retry | None) -> JobView | None:
-    """The job of the same call's last try, if nobody got its answer."""
+    """The job of the same call's last try, if nobody got its answer. QueueUnavailable: it is left to the next try."""
     if retry is None or retry.first:
         return None
-    with contextlib.suppress(UnknownGeneration):
-        if job_id := await gateway.queue.orphans.adopt(retry.request):
-            view = await jobs.get(job_id)
-            return None if view.status == "canceled" else view
-    return None
+    orphans = gateway.queue.orphans
+    if (job_id := await orphans.adopt(retry.request)) is None:
+        return None
+    try:
+        view = await jobs.get(job_id)
+    except UnknownGeneration:
+        return None
+    except DarkroomError:
+        with contextlib.suppress(DarkroomError):
+            await orphans.leave(retry.request, job_id)
+        raise
+    return None if view.status == "canceled" else view
 
 
 async def wait_for_retry(view: JobView, gateway: Gateway, retry: Retry) -> None:

@@ -14,7 +14,9 @@ from app.settings import GatewaySettings
 from tests.app.dialects.conftest import Live
 from tests.app.dialects.painter import Painter
 from tests.processes import wait_until
-from worker.contract.job import Failure
+from worker.contract.errors import QueueUnavailable
+from worker.contract.job import Failure, JobView
+from worker.contract.queue import JobQueue
 
 PROMPT = "a red circle"
 OPENAI, DEEPINFRA = "/openai/v1/images/generations", "/v1/inference/tiny"
@@ -54,6 +56,28 @@ def caller() -> Iterator[Caller]:
     caller = Caller()
     yield caller
     caller.close()
+
+
+class Failover(JobQueue):
+    """A Redis that is away for the first looks at a job; then the worker goes on."""
+
+    away: int
+    worker: Painter
+
+    async def view(self, job_id: str) -> JobView:
+        if self.away:
+            self.away -= 1
+            raise QueueUnavailable
+        self.worker.go_on.set()
+        return await super().view(job_id)
+
+
+def failover(settings: GatewaySettings, worker: Painter, away: int) -> Failover:
+    """A queue that is away for so many looks at a job of a worker that stands still meanwhile."""
+    queue = Failover.connect(settings)
+    queue.away, queue.worker = away, worker
+    worker.go_on.clear()
+    return queue
 
 
 def drained(caller: Caller, live: Live, worker: Painter, path: str, **request: Any) -> httpx.Response:
@@ -198,3 +222,23 @@ def test_job_of_a_lost_connection_is_adopted_by_the_same_request(
     assert caller.post(alone, path, headers=headers, json=body).status_code in {200, 201}
     assert [job["status"] for job in alone.jobs()] == ["succeeded"]
     assert orphans(settings) == 0
+
+
+@pytest.mark.parametrize("dialect", [name for name in HELD if "stream" not in name])
+def test_held_job_goes_on_while_redis_is_away(
+    settings: GatewaySettings, worker: Painter, caller: Caller, dialect: str
+) -> None:
+    path, request = HELD[dialect]
+    with Live(settings, failover(settings, worker, away=3)) as live:
+        assert caller.post(live, path, **request).status_code == 200
+        assert [job["status"] for job in live.jobs()] == ["succeeded"]
+
+
+def test_job_that_cannot_be_looked_at_when_it_is_adopted_is_left_to_the_next_try(
+    settings: GatewaySettings, worker: Painter, caller: Caller
+) -> None:
+    with Live(settings) as one, Live(settings, failover(settings, worker, away=1)) as other:
+        drained(caller, one, worker, DEEPINFRA, headers=AI_SDK, json={"prompt": PROMPT})
+        assert caller.post(other, DEEPINFRA, headers=AI_SDK, json={"prompt": PROMPT}).status_code == 503
+        assert caller.post(other, DEEPINFRA, headers=AI_SDK, json={"prompt": PROMPT}).status_code == 200
+        assert [job["status"] for job in other.jobs()] == ["succeeded"]
