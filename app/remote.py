@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,13 +16,18 @@ from app.client import Unreachable
 from app.settings import is_loopback
 
 _TIMEOUT_S = 15.0
+LONGEST_WAIT_S = 120.0
+"""That one request waits in all for its key to have room: two windows of a rate by the minute."""
 
 
 class Remote:
-    """A deployment as its clients reach it. A context manager."""
+    """A deployment as its clients reach it. A context manager.
 
-    def __init__(self, url: str, key: str | None = None) -> None:
-        self.url, self._key = url, key
+    Where a key has no room for a request it is made again once there is: that is no fault of the deployment.
+    """
+
+    def __init__(self, url: str, key: str | None = None, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.url, self._key, self._sleep = url, key, sleep
         self.local = is_loopback(httpx.URL(url).host)
         # A proxy from the environment is for the world outside; authorities that it adds are for all.
         known = httpx.create_ssl_context()
@@ -40,7 +46,7 @@ class Remote:
     ) -> httpx.Response:
         """The answer, whatever its status. Unreachable."""
         headers = options.pop("headers", {}) | self._headers(keyed)
-        return self._send(method, self.url + path, headers=headers, timeout=timeout_s, **options)
+        return self._in_turn(lambda: self._send(method, self.url + path, headers=headers, timeout=timeout_s, **options))
 
     def fetch(self, url: str) -> httpx.Response:
         """What a browser gets that is given the url, and has no key. Unreachable."""
@@ -48,8 +54,8 @@ class Remote:
 
     def events(self, path: str) -> Iterator[str]:
         """The names of the events of a stream, until it ends. Unreachable."""
-        headers = self._headers(True)
-        with self._reaching(), self._http.stream("GET", self.url + path, headers=headers) as response:
+        request = self._http.build_request("GET", self.url + path, headers=self._headers(True))
+        with self._reaching(), closing(self._in_turn(lambda: self._http.send(request, stream=True))) as response:
             if response.headers.get("content-type", "").partition(";")[0] != "text/event-stream":
                 raise Unreachable(f"{path} answered {response.status_code}, not with a stream of events")
             for line in response.iter_lines():
@@ -63,6 +69,14 @@ class Remote:
             tls = stream.get_extra_info("ssl_object") if stream else None
             ends = (tls.getpeercert() or {}).get("notAfter") if tls else None
         return ssl.cert_time_to_seconds(ends) if ends else None
+
+    def _in_turn(self, send: Callable[[], httpx.Response]) -> httpx.Response:
+        """The answer once the key has room for the request; if that takes too long, the refusal."""
+        waited_s = 0.0
+        while (wait_s := _wait_s(answer := send())) and waited_s + wait_s <= LONGEST_WAIT_S:
+            self._sleep(wait_s)
+            waited_s += wait_s
+        return answer
 
     def _headers(self, keyed: bool) -> dict[str, str]:
         return {"authorization": f"Bearer {self._key}"} if keyed and self._key else {}
@@ -79,6 +93,16 @@ class Remote:
             raise Unreachable("no answer in time") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise Unreachable(str(error) or type(error).__name__) from None
+
+
+def _wait_s(answer: httpx.Response) -> float:
+    """The seconds after which the key has room for the request; 0 if its rate is not what is in the way."""
+    if answer.status_code != 429:
+        return 0.0
+    answer.read()
+    error, said = object_of(answer).get("error"), answer.headers.get("retry-after", "")
+    limited = isinstance(error, dict) and error.get("code") == "rate_limited"
+    return float(said) if limited and said.isdecimal() else 0.0
 
 
 def refusal_of(answer: httpx.Response) -> str:

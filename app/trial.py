@@ -7,7 +7,7 @@ import secrets
 import struct
 import time
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import httpx
@@ -20,7 +20,7 @@ from app.remote import Remote, object_of, refusal_of
 HOLD_S = 20
 """Less than proxies usually wait for an answer."""
 
-POLL_S = 0.5
+POLL_S, MAX_POLL_S = 0.5, 5.0
 KEPT_S = 600
 ENDED = ("succeeded", "failed", "canceled")
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -77,11 +77,11 @@ class Trial:
     def _made(self, show: Callable[[str], None]) -> dict[str, Any]:
         """The generation once it has ended or patience has. Unreachable, _Refused."""
         ends = time.monotonic() + self._patience_s
-        generation = self._post(hold_s=min(HOLD_S, self._patience_s))
+        generation, waits = self._post(hold_s=min(HOLD_S, self._patience_s)), pauses()
         while generation["status"] not in ENDED and time.monotonic() < ends:
             ahead = generation.get("queue_position")
             show(f"{self._what}: {generation['status']}" + (f", {ahead} ahead" if ahead else ""))
-            time.sleep(POLL_S)
+            time.sleep(min(next(waits), max(0.0, ends - time.monotonic())))
             generation = _generation(self._server.ask("GET", self._path))
         return generation
 
@@ -200,6 +200,14 @@ def _generation(answer: httpx.Response) -> dict[str, Any]:
     if not answer.is_success or "id" not in said or "status" not in said:
         raise _Refused(refusal_of(answer))
     return said
+
+
+def pauses() -> Iterator[float]:
+    """Seconds before each look at a picture, ever more: a look counts against the rate of the key."""
+    pause_s = POLL_S
+    while True:
+        yield pause_s
+        pause_s = min(MAX_POLL_S, 1.5 * pause_s)
 
 
 def smallest_side(model: dict[str, Any]) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from typer.testing import CliRunner
 
 from app import deployment
 from app.cli import cli
-from app.deployment import Visit, checked_url, examine_deployment
+from app.deployment import FEW_REQUESTS, Visit, checked_url, examine_deployment
 from app.finding import Finding
+from app.remote import Remote
 from app.settings import GatewaySettings
-from app.trial import png_size, smallest_side
+from app.trial import pauses, png_size, smallest_side
 from tests.app.conftest import key_of
 from tests.app.dialects.conftest import Live
 from tests.app.dialects.painter import Painter, picture_of
@@ -139,6 +141,68 @@ def test_a_key_that_may_only_read_is_not_asked_to_generate(with_keys: GatewaySet
     assert findings["rate limit"].state == "warning"
     assert findings["model tiny"].state == "ok"
     assert "model tiny: picture" not in findings
+
+
+def test_a_key_without_room_is_waited_for(with_keys: GatewaySettings) -> None:
+    key = key_of(with_keys, "slow", rate="2/second")
+    with Painter(with_keys), Quick(with_keys) as live:
+        findings = look(live.url, key=text_of(key))
+    assert {one.state for what, one in findings.items() if what != "rate limit"} == {"ok"}, findings
+
+
+def test_a_slow_picture_is_looked_at_seldom_enough_for_the_rate_of_a_key() -> None:
+    looks = list(accumulate(islice(pauses(), 30)))
+    assert looks[0] <= 1
+    assert sum(at <= 60 for at in looks) <= FEW_REQUESTS
+
+
+@contextmanager
+def refusing(times: int, code: str, retry_after: str = "30") -> Iterator[tuple[Remote, list[float]]]:
+    """A server that answers 429 so many times, then 200; and how long was slept for it."""
+
+    class Handler(BaseHTTPRequestHandler):
+        left = times
+
+        def do_GET(self) -> None:
+            refused, Handler.left = Handler.left > 0, Handler.left - 1
+            body = json.dumps({"error": {"code": code, "message": "later"}}).encode() if refused else b"{}"
+            self.send_response(429 if refused else 200)
+            self.send_header("retry-after", retry_after)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    slept: list[float] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            with Remote(f"http://127.0.0.1:{http.server_address[1]}", sleep=slept.append) as server:
+                yield server, slept
+        finally:
+            http.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("times", "code", "retry_after", "status", "waits"),
+    [
+        (2, "rate_limited", "30", 200, [30, 30]),
+        (9, "rate_limited", "50", 429, [50, 50]),
+        (1, "rate_limited", "3600", 429, []),
+        (1, "rate_limited", "soon", 429, []),
+        (1, "too_many_jobs", "30", 429, []),
+    ],
+)
+def test_a_request_waits_for_its_keys_rate_alone_and_not_for_ever(
+    times: int, code: str, retry_after: str, status: int, waits: list[float]
+) -> None:
+    with refusing(times, code, retry_after) as (server, slept):
+        assert server.ask("GET", "/").status_code == status
+    assert slept == waits
 
 
 def test_scopes_are_found_without_making_anything(with_keys: GatewaySettings) -> None:
