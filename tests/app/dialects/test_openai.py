@@ -194,7 +194,7 @@ def test_stream_is_canceled_when_its_client_goes_away(lonely: openai.OpenAI, alo
     worker.go_on.clear()
     with lonely.images.generate(model="tiny", prompt=PROMPT, stream=True):
         pass
-    wait_for(lambda: alone.jobs()[0]["status"] == "canceled")
+    wait_for(lambda: [job["status"] for job in alone.jobs()] == ["canceled"])
     wait_for(lambda: not alone.app.state.gateway.queue._events._following)
 
 
@@ -271,7 +271,7 @@ def test_try_that_nobody_repeats_is_canceled(lonely: openai.OpenAI, alone: Live,
     worker.go_on.clear()
     with pytest.raises(openai.APITimeoutError):
         lonely.with_options(timeout=0.5, max_retries=0).images.generate(model="tiny", prompt=PROMPT)
-    wait_for(lambda: alone.jobs()[0]["status"] == "canceled")
+    wait_for(lambda: [job["status"] for job in alone.jobs()] == ["canceled"])
 
 
 def test_two_that_ask_for_the_same_get_a_picture_each(lonely: openai.OpenAI, alone: Live) -> None:

@@ -184,6 +184,7 @@ def test_prediction_that_its_client_left_goes_on(alone: Live, held: replicate.Cl
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{alone.url}/v1/predictions", json=asked, headers=waits, timeout=0.5, trust_env=False)
     worker.go_on.set()
+    wait_until(lambda: bool(held.predictions.list().results))
     (made,) = held.predictions.list().results
     made.wait()
     assert made.status == "succeeded"

@@ -237,7 +237,7 @@ def test_client_that_goes_away_cancels_its_job(alone: Live, worker: Painter) -> 
     worker.go_on.clear()
     with pytest.raises(httpx.ReadTimeout):
         post(alone, timeout=0.5)
-    wait_until(lambda: bool(alone.jobs()[0]["status"] == "canceled"))
+    wait_until(lambda: [job["status"] for job in alone.jobs()] == ["canceled"])
 
 
 def test_result_of_an_accepted_job_is_polled(alone: Live, worker: Painter) -> None:
