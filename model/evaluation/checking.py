@@ -94,6 +94,7 @@ class _Run:
         clock, log = self.leg.clock, self.leg.log
         step, since, losses = 0, 0.0, []
         while step == 0 or clock.left > 0:
+            clock.tick()
             for pixels, labels in self.lessons():
                 losses.append(self.step(pixels, labels, step))
                 step += 1

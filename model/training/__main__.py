@@ -8,6 +8,10 @@ The demo, from Darkroom's own drawings. `--resume`, `--begin` and `--end` cut a 
     python -m model.training flow --vae runs/vae --out runs/flow-2 --minutes 8 --begin 0.5 --resume runs/flow-1
     python -m model.training export --flow runs/flow-2 --out my-bundle
 
+Several GPUs train together where torchrun starts a process for each; each takes pictures of its own:
+
+    torchrun --nproc-per-node 4 -m model.training flow --vae runs/vae --out runs/flow-1 --minutes 8
+
 The same in four steps without guidance, as a variant that shares the bundle's encoders and autoencoder:
 
     python -m model.training distill --teacher my-bundle --out runs/turbo --minutes 8
@@ -33,6 +37,7 @@ from pathlib import Path
 
 import torch
 
+from model.training import team
 from model.training.loop import device_name
 from model.weights import CheckpointError
 
@@ -42,6 +47,7 @@ ERRORS = (OSError, FloatingPointError, ValueError, CheckpointError, BrokenProces
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
+    team.join()
     options = _parser().parse_args(arguments)
     device = torch.device(options.device)
     try:
@@ -51,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ERRORS as error:
         print(f"model.training {options.command}: {error}", file=sys.stderr)
         return 1
+    finally:
+        team.leave()
     return 0
 
 
@@ -170,11 +178,16 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, object]:
 _LEG = ("out", "minutes", "resume", "begin", "end", "seed", "peak", "average", "cache", "compiled", "processes")
 
 
+def _announce(what: str, device: torch.device) -> None:
+    if team.leads():
+        print(f"{what} on {team.size()} x {device_name(device)}", flush=True)
+
+
 def _vae(options: argparse.Namespace, device: torch.device) -> None:
     from model.training.choices import source_of
     from model.training.reconstruction import VAETraining, Weights, train_vae
 
-    print(f"training the VAE on {device_name(device)}", flush=True)
+    _announce("training the VAE", device)
     source = source_of(options.pictures, options.function, options.size)
     weights = Weights(**_given(options, "noise", "equivariance"))  # type: ignore[arg-type]
     given = _given(options, *_LEG, "batch", "size")
@@ -185,7 +198,7 @@ def _flow(options: argparse.Namespace, device: torch.device) -> None:
     from model.training.choices import flow_training
     from model.training.flow import train_flow
 
-    print(f"training the MMDiT on {device_name(device)}", flush=True)
+    _announce("training the MMDiT", device)
     train_flow(flow_training(options, _given(options, *_LEG)), device)
 
 
@@ -210,7 +223,7 @@ def _distill(options: argparse.Namespace, device: torch.device) -> None:
     from model.training.choices import distillation
     from model.training.distillation import distil
 
-    print(f"distilling on {device_name(device)}", flush=True)
+    _announce("distilling", device)
     distil(distillation(options, _given(options, *_LEG)), device)
 
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from model.training import team
 from model.training.loop import Average, Leg, finite
 
 Result = TypeVar("Result")
@@ -23,6 +24,7 @@ class Descent:
         self, average: Average, leg: Leg, peak: float, make: Callable[[float], list[torch.optim.Optimizer]]
     ) -> None:
         self.average, self.leg, self.peak, self._make = average, leg, peak, make
+        team.share([*average.live, *average.values])
         self.optimizers = make(peak)
         self.steps, self.last_loss = 0, float("nan")
         self.compiled = True
@@ -63,6 +65,7 @@ class Descent:
 
     def apply_gradients(self) -> None:
         """The part of a step that the optimizers do."""
+        team.average([p.grad for p in self.average.live if p.grad is not None])
         torch.nn.utils.clip_grad_norm_(self.average.live, 1.0, foreach=True)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -70,6 +73,8 @@ class Descent:
 
     def report(self, loss: float, **figures: float) -> None:
         """Logs how it goes. Where the loss is no number: back to when it was, with half the learning rate."""
+        loss = team.mean(loss)
+        team.share([*self.average.live, *self.average.values])  # rounding may differ from one GPU to the next
         rate = self.optimizers[0].param_groups[0]["lr"]
         self.leg.log.row(step=self.steps, **figures, loss=loss, lr=rate)
         if finite([loss]):

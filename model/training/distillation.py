@@ -22,6 +22,7 @@ from torch import Tensor
 from model.bundle import shift_json
 from model.mmdit import MMDiT
 from model.sampling import Shift, Stretched
+from model.training import team
 from model.training.adapters import adapted
 from model.training.compiling import load_compiled, save_compiled
 from model.training.descent import Descent
@@ -115,9 +116,12 @@ def distil(settings: Distillation, device: torch.device) -> dict[str, float]:
     changed = sum(p.numel() for p in average.live)
     leg.log.say(f"{changed:,} parameters of change at rank {settings.rank} on {device_name(device)}")
     load_compiled(settings.cache, leg.log)
+    torch.manual_seed(settings.seed + team.rank())  # the first weights are alike, noise is not
     run = Run(settings, teacher, student, average, leg)
     measures = run.loop()
     leg.log.row(**measures)
+    if not team.leads():
+        return measures
     run.save(measures)
     save_compiled(settings.cache, leg.log)
     if settings.samples and teacher.vae is not None:
@@ -183,26 +187,27 @@ class Run:
 
     def _loop(self) -> None:
         losses: list[Tensor] = []
-        since = measured = self.clock.elapsed
+        since = measured = 0.0
         seen, runs = 0, 0
         while runs == 0 or self.clock.left > 0:
+            self.clock.tick()
             losses += self.run()
             runs += 1
-            now = self.clock.elapsed
             if runs == 2:
                 losses[-1].item()  # waits for the device
                 self.log.say(f"first runs after {self.clock.elapsed:.0f} s")
                 self.clock.run()
-                since, seen = self.clock.elapsed, self.rows
-            elif runs > 2 and now - since > 10:
-                loss, rate = torch.stack(losses).mean().item(), (self.rows - seen) / (now - since)
+                since, seen = self.clock.now, self.rows
+            elif runs > 2 and self.clock.now - since > 10:
+                loss, rate = torch.stack(losses).mean().item(), (self.rows - seen) / (self.clock.now - since)
                 self.descent.report(loss, rows=self.rows, per_s=rate)
-                if self.clock.elapsed - measured > 60:
+                if self.clock.now - measured > 60:
                     figures = self._figures()
                     self.log.row(distance=figures["distance"])
                     self.save(figures)
-                    measured = self.clock.elapsed
-                since, seen, losses = self.clock.elapsed, self.rows, []
+                    measured = self.clock.now
+                self.clock.tick()
+                since, seen, losses = self.clock.now, self.rows, []
 
     def run(self) -> list[Tensor]:
         """One run from noise to latents, an optimizer step a window; returns the losses, still on the device."""
@@ -217,7 +222,7 @@ class Run:
                 loss, ends, own_ends = self._step(x, window, texts)
                 losses.append(loss)
                 x = torch.where(own, own_ends, ends)
-        self.rows += size.batch
+        self.rows += size.batch * team.size()
         return losses
 
     def _texts(self, size: Size) -> Texts:
@@ -285,6 +290,8 @@ class Run:
 
     def save(self, measures: dict[str, float]) -> None:
         """Writes the averaged change, the live one and what made them."""
+        if not team.leads():
+            return
         settings, leg = self.settings, self.leg
         save_shards(self.average.state(), settings.out, "turbo")
         save_shards(dict(zip(self.average.names, self.average.live, strict=True)), settings.out, "live")
@@ -296,7 +303,7 @@ class Run:
                 "guidance": self.scale, "substeps": settings.substeps, "own": settings.own, "metrics": measures,
                 "minutes": round(leg.clock.elapsed / 60, 2), "seed": settings.seed, "begin": settings.begin,
                 "end": settings.end, "peak": settings.peak, "plan": [asdict(phase) for phase in settings.plan],
-                "device": device_name(leg.device), "resumed": str(settings.resume) if settings.resume else None,
+                "device": device_name(leg.device), "gpus": team.size(), "resumed": str(settings.resume) if settings.resume else None,
                 "log": leg.log.rows[:: max(1, len(leg.log.rows) // 40)],
             },
         )  # fmt: skip

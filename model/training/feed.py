@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.training import team
 from model.training.sources import HELD_OUT_SEEDS, Frame, Source
 
 __all__ = ["HELD_OUT_SEEDS", "Batch", "Captioned", "Chunk", "Feed", "Reading", "Tokenize", "first_seed"]
@@ -49,8 +50,8 @@ class Batch:
 
 
 def first_seed(seed: int, begin: float = 0.0) -> int:
-    """Where a leg's pictures begin: every seed, and every leg of one, has pictures of its own."""
-    return ((seed % 256) << 32) + int(begin * 2**30)
+    """Where a leg's pictures begin: every seed, every leg of one, and every process has pictures of its own."""
+    return ((seed % 256) << 32) + ((team.rank() % 16) << 28) + int(begin * 2**28)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class Feed:
 
     def __init__(self, reading: Reading, seed: int, processes: int | None = None) -> None:
         self.reading, self.seed = reading, seed
-        self.processes = min(14, max(0, (os.cpu_count() or 1) - 2)) if processes is None else processes
+        room = (os.cpu_count() or 1) // team.size() - 2
+        self.processes = min(14, max(0, room)) if processes is None else processes
         self._rest: dict[Frame, Batch] = {}
         self._ahead: dict[Frame, deque[Future[Chunk]]] = {}
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizers' threads do not survive a fork

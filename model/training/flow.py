@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.config import MMDiTConfig
+from model.training import team
 from model.training.compiling import load_compiled, save_compiled
 from model.training.demo import DEMO_MMDIT
 from model.training.descent import Descent
@@ -80,7 +81,7 @@ class FlowTraining:
 def train_flow(settings: FlowTraining, device: torch.device) -> dict[str, float]:
     """Trains and writes weights, sample sheets and training.json to `settings.out`; returns the measures."""
     leg = Leg.start(settings.minutes, 28 if settings.prompts != () else 8, (settings.begin, settings.end), device)
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(settings.seed)  # of the first weights; noise differs between processes
     net = first_net(settings).to(device)
     average = Average(net, settings.average)
     if settings.resume:
@@ -88,8 +89,11 @@ def train_flow(settings: FlowTraining, device: torch.device) -> dict[str, float]
     load_compiled(settings.cache, leg.log)
     vae = load_vae(settings.vae, device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     leg.log.say(f"{net.count:,} parameters on {device_name(device)}, {settings.source.name}")
+    torch.manual_seed(settings.seed + team.rank())
     run = Run(settings, net, average, Encoder(settings.source, vae, leg, settings.compiled), leg)
     measures = run.loop()
+    if not team.leads():
+        return measures
     run.save(measures)
     save_compiled(settings.cache, leg.log)
     if settings.prompts != ():
@@ -174,22 +178,24 @@ class Run:
 
     def _loop(self) -> None:
         losses: list[Tensor] = []
-        since, seen = self.clock.elapsed, 0
+        since, seen = 0.0, 0
         first = len(set(self.phase.sizes)) + 2  # steps that compile
         while self.descent.steps == 0 or self.clock.left > 0:
+            self.clock.tick()
             losses.append(self.step())
             if self.descent.steps == first:
                 losses[-1].item()  # waits for the device
                 self.log.say(f"first steps after {self.clock.elapsed:.0f} s")
                 self.clock.run()
-                since, seen = self.clock.elapsed, self.pictures
-            elif self.descent.steps > first and self.clock.elapsed - since > 10:
+                since, seen = self.clock.now, self.pictures
+            elif self.descent.steps > first and self.clock.now - since > 10:
                 loss = torch.stack(losses).mean().item()
-                now = self.clock.elapsed
-                self.descent.report(loss, pictures=self.pictures, per_s=(self.pictures - seen) / (now - since))
-                if now - self.validated > 60:
+                per_s = (self.pictures - seen) / (self.clock.now - since)
+                self.descent.report(loss, pictures=self.pictures, per_s=per_s)
+                if self.clock.now - self.validated > 60:
                     self.save(self._figures(loss))
-                since, seen, losses = self.clock.elapsed, self.pictures, []
+                self.clock.tick()
+                since, seen, losses = self.clock.now, self.pictures, []
 
     def _figures(self, loss: float) -> dict[str, float]:
         return {"steps": self.descent.steps, "pictures": self.pictures, "loss": loss, **self.validate()}
@@ -198,7 +204,7 @@ class Run:
         """Held-out losses of the averaged weights at the phase's first size, logged."""
         frame = self.phase.sizes[0].frame
         figures = self.validation.losses(self.net, self.average, frame)
-        self.validated = self.clock.elapsed
+        self.validated = self.clock.now
         named = {f"held_out_{frame.width}x{frame.height}_{name}": value for name, value in figures.items()}
         self.log.row(step=self.descent.steps, **named)
         return named
@@ -214,7 +220,7 @@ class Run:
         dropped = self.dropout(tokens)
         loss = self.descent.attempt(lambda: self._backward(latents, noise, sigma, dropped))
         self.descent.step(learning_rate(self.descent.peak, fraction, step, s.warmup // 4 if s.resume else s.warmup))
-        self.pictures += len(latents)
+        self.pictures += len(latents) * team.size()
         return loss
 
     def _backward(self, latents: Tensor, noise: Tensor, sigma: Tensor, tokens: tuple[Tensor, ...]) -> Tensor:
@@ -225,6 +231,8 @@ class Run:
 
     def save(self, measures: dict[str, float]) -> None:
         """The weights, their average (what is used later) and the record."""
+        if not team.leads():
+            return
         s = self.settings
         save_shards(self.average.state(), s.out, "flow")
         save_shards(dict(zip(self.average.names, self.average.live, strict=True)), s.out, "live")
@@ -239,7 +247,7 @@ class Run:
                 "start": str(start) if start else None, "config": asdict(self.net.mmdit.config),
                 "t5_length": self.net.t5_length, "metrics": measures, "minutes": round(self.clock.elapsed / 60, 2),
                 "seed": s.seed, "begin": s.begin, "end": s.end, "optimizer": s.optimizer, "peak": s.peak,
-                "reuse": s.reuse, "plan": [asdict(phase) for phase in s.plan], "device": device_name(self.device),
+                "reuse": s.reuse, "plan": [asdict(phase) for phase in s.plan], "device": device_name(self.device), "gpus": team.size(),
                 "resumed": str(s.resume) if s.resume else None, "vae": str(s.vae),
                 "log": self.log.rows[:: max(1, len(self.log.rows) // 60)],
             },

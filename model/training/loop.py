@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model.training import team
+
 SHARD_BYTES = 15 * 1024 * 1024
 
 
@@ -30,6 +32,7 @@ class Clock:
     begin: float = 0.0
     end: float = 1.0
     started: float = field(default_factory=time.monotonic)
+    now: float = 0.0  # seconds from the start, as of the last tick
     running: float | None = None  # when the first steps (and with them compiling) were done
 
     def __post_init__(self) -> None:
@@ -41,22 +44,27 @@ class Clock:
         """Seconds since the start."""
         return time.monotonic() - self.started
 
+    def tick(self) -> None:
+        """Once a step: what is decided by the time until the next is decided alike by all that train together."""
+        self.now = team.agree(self.elapsed)
+
     @property
     def left(self) -> float:
         """Seconds left for training."""
-        return 60 * self.minutes - self.reserve - self.elapsed
+        return 60 * self.minutes - self.reserve - self.now
 
     def run(self) -> None:
         """Count from now."""
-        self.running = time.monotonic()
+        self.tick()
+        self.running = self.now
 
     @property
     def fraction(self) -> float:
         """Of the whole schedule, `begin` to `end`."""
         if self.running is None:
             return self.begin
-        now = time.monotonic()
-        share = (now - self.running) / max(1e-6, now - self.running + self.left)
+        ran = self.now - self.running
+        share = ran / max(1e-6, ran + self.left)
         return self.begin + (self.end - self.begin) * min(1.0, max(0.0, share))
 
 
@@ -154,8 +162,9 @@ class Log:
         self.say("  ".join(f"{name} {_short(value)}" for name, value in figures.items()))
 
     def say(self, words: str) -> None:
-        """Print a line."""
-        print(words, flush=True)
+        """Print a line, of several processes only the one that leads."""
+        if team.leads():
+            print(words, flush=True)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ def profile_flow(settings: FlowTraining, device: torch.device, seconds: float = 
     say("".join(f"{head:>14}" for head in ("size", *PARTS, "whole", "pictures/s")))
     try:
         for size in dict.fromkeys(size for phase in settings.plan for size in phase.sizes):
+            leg.clock.tick()
             if leg.clock.left <= 0:
                 say(f"{size!s:>14}  left out: {leg.clock.elapsed:.0f} s are over")
                 continue

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.checkpoint import load_components
 from model.config import VAEConfig
+from model.training import team
 from model.training.compiling import load_compiled, save_compiled
 from model.training.demo import DEMO_VAE
 from model.training.descent import Descent
@@ -83,7 +84,10 @@ def train_vae(settings: VAETraining, device: torch.device) -> dict[str, float]:
         restore(vae, average, settings.resume)
     load_compiled(settings.cache, log)
     log.say(f"{sum(p.numel() for p in vae.parameters()):,} parameters on {device_name(device)}")
+    torch.manual_seed(settings.seed + team.rank())  # the first weights are alike, noise is not
     steps = Run(settings, vae, average, leg).loop()
+    if not team.leads():
+        return {}
     average.swap()
     pictures = settings.pictures or (256 if leg.on_gpu else 8)
     measures = {"steps": steps, **measure(vae, settings.source, device, pictures)}
@@ -164,20 +168,21 @@ class Run:
         return self.descent.steps
 
     def _loop(self) -> None:
-        seen, since, errors = 0, self.clock.elapsed, []
+        seen, since, errors = 0, 0.0, []
         while self.descent.steps == 0 or self.clock.left > 0:
+            self.clock.tick()
             for pixels in self.pictures():
                 errors.append(self.step(pixels))
                 if self.descent.steps == 3:
                     errors[-1].item()  # waits for the device
                     self.log.say(f"first steps after {self.clock.elapsed:.0f} s")
                     self.clock.run()
-                    seen, since = self.descent.steps, self.clock.elapsed
-            if self.descent.steps >= 3 and self.clock.elapsed - since > 10:
+                    seen, since = self.descent.steps, self.clock.now
+            if self.descent.steps >= 3 and self.clock.now - since > 10:
                 error = torch.stack(errors).mean().item()  # waits for the device
-                rate = (self.descent.steps - seen) / (self.clock.elapsed - since)
+                rate = (self.descent.steps - seen) / (self.clock.now - since)
                 self.descent.report(error, steps_per_s=rate, psnr=decibels(error))
-                seen, since, errors = self.descent.steps, self.clock.elapsed, []
+                seen, since, errors = self.descent.steps, self.clock.now, []
 
     def step(self, pixels: Tensor) -> Tensor:
         """One optimizer step; returns the mean squared error, still on the device."""
@@ -214,7 +219,7 @@ def finish(settings: VAETraining, vae: VAE, average: Average, measures: dict[str
         {
             "what": "vae", "data_version": DATA_VERSION, "source": settings.source.name, "config": asdict(config),
             "metrics": measures, "minutes": round(log.clock.elapsed / 60, 2), "seed": settings.seed,
-            "begin": settings.begin, "end": settings.end, "batch": settings.batch, "size": settings.size,
+            "begin": settings.begin, "end": settings.end, "gpus": team.size(), "batch": settings.batch, "size": settings.size,
             "weights": asdict(settings.weights), "resumed": str(settings.resume) if settings.resume else None,
             "device": device_name(next(vae.parameters()).device),
             "log": log.rows[:: max(1, len(log.rows) // 40)],

@@ -143,6 +143,7 @@ def test_a_leg_covers_its_share_of_the_schedule() -> None:
     clock.run()
     assert 0.4 <= clock.fraction < 0.41
     clock.minutes = 0.0
+    clock.tick()
     assert clock.fraction == pytest.approx(0.6)
 
 
