@@ -93,6 +93,7 @@ class Denoise:
     negative: Text | None  # None: unguided
     guidance_scale: float
     deterministic: bool = False
+    levels: tuple[float, ...] = ()  # the noise levels of the whole run, so that what they need is made together
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -173,7 +174,9 @@ def generate(
     text, *rest = yield Encode(prompts, deterministic)
     negative = rest[0] if rest else None
     latents = yield Begin(params.seed, params.width, params.height)
-    for step in schedule(params.sampler, params.steps, shift):
-        yield Denoise(latents, step, text, negative, params.guidance_scale, deterministic)
+    steps = schedule(params.sampler, params.steps, shift)
+    levels = tuple(step.sigma for step in steps)
+    for step in steps:
+        yield Denoise(latents, step, text, negative, params.guidance_scale, deterministic, levels)
     pixels = yield Decode(latents, deterministic)
     return Rendering(pixels, (*text.warnings, *(f"negative: {w}" for w in (negative.warnings if negative else ()))))

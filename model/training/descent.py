@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
+from model.graphs import CudaRecorder, Graphs
 from model.training import team
 from model.training.loop import Average, Leg, finite
 
@@ -15,7 +17,7 @@ Result = TypeVar("Result")
 
 
 class Descent:
-    """Moves the weights that an average follows.
+    """Moves the weights that an average follows; on a GPU by CUDA graphs, as a small net's kernels are soon launched.
 
     make : the optimizers for a peak of the learning rate
     """
@@ -28,6 +30,38 @@ class Descent:
         self.optimizers = make(peak)
         self.steps, self.last_loss = 0, float("nan")
         self.compiled = True
+        self.graphs = self._new_graphs()
+
+    def _new_graphs(self) -> Graphs | None:
+        """One for each size's forward and backward pass, and one for the optimizers."""
+        return Graphs(CudaRecorder(self.leg.device, warm=False), limit=16) if self.leg.on_gpu else None
+
+    def gradients(self, key: Hashable, loss_of: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """The loss of some inputs and, in the weights, its gradients; by a CUDA graph where that is possible.
+
+        key : stands for the function and the shapes of its inputs
+        """
+
+        def work(*given: Tensor) -> Tensor:
+            self.forget_gradients()
+            with self.leg.autocast():
+                loss = loss_of(*given)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+
+        if self.graphs is not None:
+            try:
+                return self.graphs.run(key, work, *inputs)
+            except Exception as problem:  # a graph that cannot be recorded; without it the run is only slower
+                self.leg.log.say(f"going on without CUDA graphs: {type(problem).__name__}: {str(problem)[:300]}")
+                self.graphs = None
+        return self.attempt(lambda: work(*inputs))
+
+    def forget_gradients(self) -> None:
+        """Zeros, in place: a graph writes to the same tensors always."""
+        held = [p.grad for p in self.average.live if p.grad is not None]
+        if held:
+            torch._foreach_zero_(held)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -48,7 +82,7 @@ class Descent:
             if not self.compiled:
                 raise
             self.leg.log.say(f"going on without torch.compile: {type(problem).__name__}: {str(problem)[:300]}")
-        self.compiled = False
+        self.compiled, self.graphs = False, None
         torch.compiler.set_stance("force_eager")
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -58,7 +92,10 @@ class Descent:
         """From gradients, which are used up, to the next weights and their average. rate: the learning rate."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
         self.apply_gradients()
         self.average.update()
         self.steps += 1
@@ -66,16 +103,22 @@ class Descent:
     def apply_gradients(self) -> None:
         """The part of a step that the optimizers do."""
         team.average([p.grad for p in self.average.live if p.grad is not None])
-        torch.nn.utils.clip_grad_norm_(self.average.live, 1.0, foreach=True)
+        if self.graphs is None:
+            self._move()
+        else:
+            self.graphs.run("optimizers", self._move)
+
+    def _move(self) -> Tensor:
+        norm = torch.nn.utils.clip_grad_norm_(self.average.live, 1.0, foreach=True)
         for optimizer in self.optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def report(self, loss: float, **figures: float) -> None:
         """Logs how it goes. Where the loss is no number: back to when it was, with half the learning rate."""
         loss = team.mean(loss)
         team.share([*self.average.live, *self.average.values])  # rounding may differ from one GPU to the next
-        rate = self.optimizers[0].param_groups[0]["lr"]
+        rate = float(self.optimizers[0].param_groups[0]["lr"])
         self.leg.log.row(step=self.steps, **figures, loss=loss, lr=rate)
         if finite([loss]):
             self.last_loss = loss
@@ -87,3 +130,4 @@ class Descent:
         self.leg.log.say(f"the loss is {loss}: back to the last good weights with half the learning rate")
         self.average.go_back()
         self.optimizers = self._make(self.peak)
+        self.graphs = self._new_graphs()

@@ -37,6 +37,7 @@ from model.training.loop import (
     save_shards,
     write_record,
 )
+from model.training.muon import adjustable
 from model.training.plan import Phase, Plan, Size, phase_at
 from model.training.sources import HELD_OUT_SEEDS, Drawings, Source
 from model.training.teacher import Teacher, Texts, load_teacher, write_comparison
@@ -166,8 +167,9 @@ class Run:
                 block.compile(dynamic=False)
 
     def _new_optimizers(self, peak: float) -> list[torch.optim.Optimizer]:
-        weights, fused = self.average.live, self.leg.on_gpu
-        return [torch.optim.AdamW(weights, lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)]
+        weights, gpu = self.average.live, self.leg.on_gpu
+        lr = adjustable(peak, self.device)
+        return [torch.optim.AdamW(weights, lr, (0.9, 0.98), weight_decay=0.0, fused=gpu, capturable=gpu)]
 
     def loop(self) -> dict[str, float]:
         """Runs until the clock ends; returns figures of the leg. An error late in a run does not lose the run."""
@@ -245,6 +247,7 @@ class Run:
         with self.leg.autocast():
             v = velocity(self.student, x, window.start, texts)
         loss = F.mse_loss(v, (x - ends) / span)
+        self.descent.forget_gradients()
         loss.backward()
         return loss.detach(), ends, x - span * v.detach()
 

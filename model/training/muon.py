@@ -24,7 +24,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.1
+        self, params: Iterable[Any], lr: float | Tensor = 1e-3, momentum: float = 0.95, weight_decay: float = 0.1
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
         for group in self.param_groups:
@@ -40,6 +40,7 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         stacks: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        rates = {id(group["lr"]): group["lr"] for group in self.param_groups}
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -48,10 +49,10 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             for p, update in zip(params, updates, strict=True):
                 for part, matrix in zip(p.chunk(group["parts"]), update.chunk(group["parts"]), strict=True):
-                    stacks[(part.shape, part.device, group["lr"])].append((part, matrix))
-        for (shape, _, lr), pairs in stacks.items():
+                    stacks[(part.shape, part.device, id(group["lr"]))].append((part, matrix))
+        for (shape, _, which), pairs in stacks.items():
             deltas = orthogonal(torch.stack([matrix for _, matrix in pairs]))
-            scaled = deltas.mul_(-lr * 0.2 * max(shape) ** 0.5).to(pairs[0][0].dtype)
+            scaled = deltas.mul_(-rates[which] * 0.2 * max(shape) ** 0.5).to(pairs[0][0].dtype)
             torch._foreach_add_([part for part, _ in pairs], list(scaled))
         return loss
 
@@ -90,12 +91,18 @@ def new_optimizers(net: nn.Module, kind: str, peak: float, fused: bool) -> list[
     matrices = dict(trained if kind == "muon" else [])
     matrices = {name: p for name, p in matrices.items() if is_inner(name, p)}
     rest = [p for name, p in trained if name not in matrices]
-    adamw = torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=fused)
+    lr = adjustable(peak, rest[0].device)
+    adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=fused, capturable=fused)
     if not matrices:
         return [adamw]
     qkv = [p for name, p in matrices.items() if name.endswith("qkv.weight")]
     others = [p for name, p in matrices.items() if not name.endswith("qkv.weight")]
-    return [adamw, Muon([{"params": qkv, "parts": 3}, {"params": others}] if qkv else others, lr=peak)]
+    return [adamw, Muon([{"params": qkv, "parts": 3}, {"params": others}] if qkv else others, lr=lr)]
+
+
+def adjustable(peak: float, device: torch.device) -> float | Tensor:
+    """A learning rate that an optimizer recorded in a CUDA graph can be given: a number on the device."""
+    return torch.tensor(peak, device=device) if device.type == "cuda" else peak
 
 
 def is_inner(name: str, parameter: Tensor) -> bool:

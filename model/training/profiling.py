@@ -103,6 +103,7 @@ def _parts(run: Run, size: Size, watch: Stopwatch) -> None:
             context, pooled = run.net.tower(*tokens)
         with watch.part("forward"):
             loss = run.net.loss(latents, torch.randn_like(latents), sigma, context, pooled)
+    run.descent.forget_gradients()
     with watch.part("backward"):
         loss.backward()
     with watch.part("optimizer"):

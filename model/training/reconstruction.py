@@ -28,6 +28,7 @@ from model.training.loop import (
     save_shards,
     write_record,
 )
+from model.training.muon import adjustable
 from model.training.scenes import DATA_VERSION
 from model.training.sources import Drawings, Frame, Source
 from model.vae import VAE
@@ -155,8 +156,9 @@ class Run:
         self.loss = torch.compile(vae_loss, dynamic=False) if settings.compiled else vae_loss
 
     def _new_optimizers(self, peak: float) -> list[torch.optim.Optimizer]:
-        weights, fused = self.average.live, self.leg.on_gpu
-        return [torch.optim.AdamW(weights, lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)]
+        weights, gpu = self.average.live, self.leg.on_gpu
+        lr = adjustable(peak, self.device)
+        return [torch.optim.AdamW(weights, lr, (0.9, 0.98), weight_decay=0.0, fused=gpu, capturable=gpu)]
 
     def loop(self) -> int:
         """Steps until the clock ends; returns their number. An error late in a run does not lose the run."""
@@ -194,6 +196,7 @@ class Run:
         return error
 
     def _backward(self, pixels: Tensor, noise: Tensor, late: Tensor) -> Tensor:
+        self.descent.forget_gradients()
         with self.leg.autocast():
             loss, error = self.loss(self.vae, pixels, noise, self.settings.weights, late)
         loss.backward()

@@ -1,0 +1,61 @@
+"""Which way through the MMDiT is fastest for a shape: measured once for each kind of GPU, and committed.
+
+Two starts on one kind of GPU make the same choice, so they give the same pictures. `python -m model.tuning` measures.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.fast_mmdit import Choice
+from model.kernels.attention import backends
+
+TABLE = Path(__file__).with_name("choices.json")
+"""By the GPU's name, then by the MMDiT's hidden width: a list of what was measured."""
+
+log = logging.getLogger(__name__)
+
+
+def choice_for(device: torch.device, precision: str, hidden: int, rows: int, image_tokens: int) -> Choice:
+    """The choice for the measured shape that is nearest; on a GPU that was not measured, PyTorch's own."""
+    if device.type != "cuda":
+        return Choice()
+    measured = _table().get(torch.cuda.get_device_name(device), {}).get(f"{precision} {hidden}", [])
+    if not measured:
+        _say_once(f"no measured choices for {torch.cuda.get_device_name(device)}: run python -m model.tuning there")
+        return Choice()
+    nearest = min(measured, key=lambda known: _distance(known, rows, image_tokens))
+    choice = Choice(**nearest["choice"])
+    if choice.attention not in backends(device):
+        _say_once(f"attention by {choice.attention} is not installed: PyTorch's own is used")
+        return Choice(attention="default", apart=choice.apart, beside=choice.beside)
+    return choice
+
+
+def entry(rows: int, image_tokens: int, choice: Choice, ms: dict[str, float]) -> dict[str, Any]:
+    """A line of the table; `ms`: of each choice that was measured, for whoever reads it."""
+    return {"rows": rows, "image_tokens": image_tokens, "choice": asdict(choice), "ms": ms}
+
+
+def _distance(known: dict[str, Any], rows: int, image_tokens: int) -> tuple[float, float]:
+    """By the tokens of one picture first, then by rows."""
+    return abs(math.log(known["image_tokens"] / image_tokens)), abs(math.log(known["rows"] / rows))
+
+
+@cache
+def _table() -> dict[str, dict[str, list[dict[str, Any]]]]:
+    table: dict[str, dict[str, list[dict[str, Any]]]] = json.loads(TABLE.read_text("utf-8"))
+    return table
+
+
+@cache
+def _say_once(what: str) -> None:
+    log.warning(what)

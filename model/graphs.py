@@ -1,0 +1,134 @@
+"""CUDA graphs by key: what was launched once kernel by kernel is launched as one.
+
+A net of a thousand small kernels waits for Python more than for the GPU. A graph replays them with the same arguments
+and in the same memory, bit for bit the same result; only the inputs are copied in and the output out.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., Tensor]
+
+IDLE_RUNS = 1000
+"""A graph that was not among so many runs of any key gives its place to another key."""
+
+
+class Recording(Protocol):
+    """A recorded function: runs again on inputs of the same shapes. The output is overwritten by later runs."""
+
+    def __call__(self, *inputs: Tensor) -> Tensor: ...
+
+
+class Recorder(Protocol):
+    """Records a function by running it on inputs."""
+
+    def __call__(self, function: Function, *inputs: Tensor) -> Recording: ...
+
+
+class Graphs:
+    """Runs functions, from a graph where their key has come before. Not thread-safe: one thread owns a GPU.
+
+    record : see CudaRecorder
+    limit : how many graphs are held; other keys are run plainly
+    """
+
+    def __init__(self, record: Recorder, limit: int = 24) -> None:
+        self._record, self.limit = record, limit
+        self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()  # the one used last comes last
+        self._used: dict[Hashable, int] = {}  # in which run each key came last; of so many keys as fit below
+        self._runs = 0
+
+    def __len__(self) -> int:
+        return len(self._recordings)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._recordings
+
+    def run(self, key: Hashable, function: Function, *inputs: Tensor) -> Tensor:
+        """function(*inputs). A key stands for one function and the shapes of its inputs.
+
+        The first time it runs plainly, which is what must go fast then; the second time it is recorded.
+        """
+        self._runs += 1
+        known = key in self._used
+        self._used[key] = self._runs
+        recording = self._recordings.get(key)
+        if recording is None:
+            if not known or not self._has_place():
+                self._forget()
+                return function(*inputs)
+            recording = self._recordings[key] = self._record(function, *inputs)
+        self._recordings.move_to_end(key)
+        return recording(*inputs).clone()
+
+    def prepare(self, key: Hashable, function: Function, *inputs: Tensor) -> None:
+        """Record at once, so that the first run of the key is fast too."""
+        self._used[key] = self._runs
+        if key not in self._recordings and self._has_place():
+            self._recordings[key] = self._record(function, *inputs)
+
+    def _has_place(self) -> bool:
+        """Makes place for one more if it can."""
+        if len(self._recordings) < self.limit:
+            return True
+        oldest = next(iter(self._recordings), None)
+        if oldest is None or self._runs - self._used[oldest] <= IDLE_RUNS:
+            return False
+        del self._recordings[oldest], self._used[oldest]
+        return True
+
+    def _forget(self) -> None:
+        """Keys without a graph are remembered for as long as graphs are, so that rare shapes do not pile up."""
+        if len(self._used) > 8 * self.limit:
+            old = [key for key, run in self._used.items() if key not in self._recordings]
+            for key in sorted(old, key=self._used.__getitem__)[: len(old) // 2]:
+                del self._used[key]
+
+
+class CudaRecorder:
+    """Records CUDA graphs, all in one memory pool: they never run at the same time.
+
+    A function must launch the same kernels whatever its inputs hold: no branch on a value, no copy to the CPU.
+    """
+
+    def __init__(self, device: torch.device, warm: bool = True) -> None:
+        """warm: run each function once before it is recorded; not for one that changes things and has run before."""
+        self.device, self.warm = device, warm
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Function, *inputs: Tensor) -> Recording:
+        """The graph of `function` on copies of the inputs."""
+        return _CudaGraph(self, function, inputs)
+
+
+class _CudaGraph:
+    def __init__(self, recorder: CudaRecorder, function: Function, inputs: tuple[Tensor, ...]) -> None:
+        self.inputs = [tensor.clone() for tensor in inputs]
+        self.graph = torch.cuda.CUDAGraph()
+        stream = recorder.stream
+        stream.wait_stream(torch.cuda.current_stream(recorder.device))
+        # Not `with torch.cuda.graph(...)`: that empties the allocator's cache, which other work would fill again.
+        with torch.cuda.stream(stream):
+            if recorder.warm:
+                function(*self.inputs)  # kernels are compiled and libraries make their plans and workspaces here
+            stream.synchronize()
+            self.graph.capture_begin(pool=recorder.pool, capture_error_mode="thread_local")
+            try:
+                self.output = function(*self.inputs)
+            finally:
+                self.graph.capture_end()
+        torch.cuda.current_stream(recorder.device).wait_stream(stream)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The graph's output for other inputs."""
+        for kept, given in zip(self.inputs, inputs, strict=True):
+            kept.copy_(given)
+        self.graph.replay()
+        return self.output

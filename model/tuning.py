@@ -1,0 +1,162 @@
+"""Measures which way through the MMDiT is fastest on this GPU.
+
+The command: python -m model.tuning
+
+For each published size, precision and shape: the attention first, then whether pictures go through the matrix products
+apart, then whether the text's products run beside the image's. Writes what won into the committed table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.choices import TABLE, entry
+from model.config import VARIANTS, MMDiTConfig
+from model.fast_mmdit import Choice, FastMMDiT
+from model.fp8 import has_fp8, use_fp8
+from model.graphs import CudaRecorder
+from model.kernels.attention import backends
+from model.layers import position_table
+from model.mmdit import MMDiT
+from model.text import CLIP_LENGTH, T5_LENGTH
+
+SHAPES = ((1, 512), (2, 512), (4, 512), (8, 512), (2, 768), (1, 1024), (2, 1024), (2, 1440))
+"""Rows and side in pixels."""
+
+ROUNDS = 7
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures and writes; 1 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m model.tuning", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", default="large,medium", help="published sizes, comma-separated")
+    parser.add_argument("--precisions", default="bf16,fp8")
+    parser.add_argument("--out", type=Path, default=TABLE, help="the table to write into")
+    parser.add_argument("--profile", action="store_true", help="also print which kernels the time goes to")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("model.tuning: there is no CUDA device to measure", file=sys.stderr)
+        return 1
+    device = torch.device("cuda", torch.cuda.current_device())
+    for name in options.models.split(","):
+        for precision in options.precisions.split(","):
+            if precision == "fp8" and not has_fp8(device):
+                continue
+            config = VARIANTS[name].mmdit
+            lines = list(_measured(config, precision, device, name, options.profile))
+            _write(options.out, torch.cuda.get_device_name(device), f"{precision} {config.hidden}", lines)
+            gc.collect()
+            torch.cuda.empty_cache()
+    return 0
+
+
+@torch.inference_mode()
+def _measured(config: MMDiTConfig, precision: str, device: torch.device, name: str, profile: bool):  # type: ignore[no-untyped-def]
+    fast = FastMMDiT(random_mmdit(config, device))
+    if precision == "fp8":
+        use_fp8(fast.mmdit)
+        fast = FastMMDiT(fast.mmdit)
+    for rows, side in SHAPES:
+        if side // 16 > config.pos_embed_grid or (side == 1440 and not config.dual_blocks):
+            continue
+        x = torch.randn(rows, config.in_channels, side // 8, side // 8, device=device, dtype=torch.bfloat16)
+        modulation = 0.5 * torch.randn(rows, fast.width, device=device, dtype=torch.bfloat16)
+        text = torch.randn(rows, CLIP_LENGTH + T5_LENGTH, config.hidden, device=device, dtype=torch.bfloat16)
+        time_of = partial(_milliseconds, fast, (x, modulation, text), CudaRecorder(device))
+        best, ms = _best(time_of, device, rows)
+        print(f"{name} {precision} {rows} x {side}x{side}: {best}", *(f"{k} {v:.2f}" for k, v in ms.items()), sep="  ")
+        sys.stdout.flush()
+        if profile and (rows, side) in ((2, 1024), (2, 512)):
+            print(_kernels(partial(fast, x, modulation, text, best)), flush=True)
+        yield entry(rows, (side // 16) ** 2, best, ms)
+
+
+def _best(time_of: Callable[[Choice], float], device: torch.device, rows: int) -> tuple[Choice, dict[str, float]]:
+    """One question after the other: all combinations would take too long, and the answers hardly depend on each other."""
+    ms: dict[str, float] = {}
+
+    def tried(choice: Choice) -> float:
+        label = _label(choice)
+        if label not in ms:
+            try:
+                ms[label] = round(time_of(choice), 3)
+            except RuntimeError as problem:  # a backend that cannot do this shape
+                print(f"  {label}: {str(problem)[:200]}", flush=True)
+                ms[label] = math.inf
+        return ms[label]
+
+    known = [name for name in backends(device) if name in ("cudnn", "fa3")] or ["default"]
+    best = min((Choice(attention=name) for name in known), key=tried)
+    if rows > 1:
+        best = min((best, replace(best, apart=True)), key=tried)
+    return min((best, replace(best, beside=True)), key=tried), ms
+
+
+def _label(choice: Choice) -> str:
+    return f"{choice.attention}{' apart' if choice.apart else ''}{' beside' if choice.beside else ''}"
+
+
+def _milliseconds(fast: FastMMDiT, inputs: tuple[Tensor, ...], recorder: CudaRecorder, choice: Choice) -> float:
+    """Of one replay of a graph, the median."""
+    recording = recorder(lambda *given: fast(*given, choice), *inputs)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    found = []
+    began = time.monotonic()
+    for n in range(ROUNDS + 2):
+        start.record()
+        recording(*inputs)
+        end.record()
+        end.synchronize()
+        if n >= 2:
+            found.append(start.elapsed_time(end))
+        if time.monotonic() - began > 3 and len(found) >= 3:
+            break
+    return statistics.median(found)
+
+
+def _kernels(call: Callable[[], object]) -> str:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    rows = sorted(((e.self_device_time_total, e.count, e.key) for e in profiler.key_averages()), reverse=True)
+    whole = sum(row[0] for row in rows) or 1.0
+    return "\n".join(f"  {t / 1000:8.3f} ms {100 * t / whole:5.1f} % {n:5} x {key[:100]}" for t, n, key in rows[:16])
+
+
+def random_mmdit(config: MMDiTConfig, device: torch.device) -> MMDiT:
+    """Weights of the published size in bf16, random: what is measured does not depend on them."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            mmdit = MMDiT(config)
+    finally:
+        torch.set_default_dtype(before)
+    with torch.no_grad():
+        for parameter in mmdit.parameters():
+            parameter.normal_(0, 0.02)
+    mmdit.pos_embed.copy_(position_table(config.hidden, config.pos_embed_grid))
+    return mmdit.requires_grad_(False).eval()
+
+
+def _write(path: Path, gpu: str, key: str, lines: list[dict[str, object]]) -> None:
+    table = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    table.setdefault(gpu, {})[key] = lines
+    path.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

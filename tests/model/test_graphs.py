@@ -1,0 +1,83 @@
+"""Graphs: recorded the second time, replayed after, bounded in number."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.graphs import IDLE_RUNS, Function, Graphs, Recording
+
+
+class Notebook:
+    """Records by remembering the function, and counts."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+        self.replayed = 0
+
+    def __call__(self, function: Function, *inputs: Tensor) -> Recording:
+        self.recorded += 1
+
+        def replay(*given: Tensor) -> Tensor:
+            self.replayed += 1
+            return function(*given)
+
+        return replay
+
+
+def double(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def test_a_key_runs_plainly_then_is_recorded_then_replayed() -> None:
+    notebook = Notebook()
+    graphs = Graphs(notebook)
+    counts = []
+    for n in range(3):
+        assert graphs.run("a", double, torch.tensor(n)).item() == 2 * n
+        counts.append((notebook.recorded, notebook.replayed))
+    assert counts == [(0, 0), (1, 1), (1, 2)]
+
+
+def test_a_prepared_key_is_replayed_the_first_time() -> None:
+    notebook = Notebook()
+    graphs = Graphs(notebook)
+    graphs.prepare("a", double, torch.tensor(1))
+    assert graphs.run("a", double, torch.tensor(4)).item() == 8
+    assert (notebook.recorded, notebook.replayed) == (1, 1)
+
+
+def test_what_comes_out_is_not_overwritten_by_the_next_run() -> None:
+    held = torch.zeros(())
+    graphs = Graphs(lambda function, *inputs: lambda x: held.copy_(2 * x))
+    graphs.prepare("a", double, torch.tensor(0.0))
+    first = graphs.run("a", double, torch.tensor(1.0))
+    graphs.run("a", double, torch.tensor(5.0))
+    assert first.item() == 2
+
+
+def test_more_keys_than_there_is_place_for_run_plainly() -> None:
+    notebook = Notebook()
+    graphs = Graphs(notebook, limit=8)
+    for _ in range(5):
+        for key in range(40):
+            assert graphs.run(key, double, torch.tensor(key)).item() == 2 * key
+    assert len(graphs) == notebook.recorded == 8
+
+
+def test_a_graph_that_was_long_not_used_gives_its_place_away() -> None:
+    graphs = Graphs(Notebook(), limit=2)
+    for key in ("rare", "common"):
+        graphs.prepare(key, double, torch.tensor(1))
+    for _ in range(IDLE_RUNS + 1):
+        graphs.run("common", double, torch.tensor(1))
+    for _ in range(2):
+        graphs.run("new", double, torch.tensor(1))
+    assert ("rare" in graphs, "common" in graphs, "new" in graphs) == (False, True, True)
+
+
+def test_keys_that_never_come_again_are_forgotten() -> None:
+    graphs = Graphs(Notebook(), limit=2)
+    for key in range(1000):
+        graphs.run(key, double, torch.tensor(1))
+    assert len(graphs._used) <= 16
