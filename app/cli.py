@@ -223,6 +223,18 @@ def doctor(
         int | None,
         typer.Option(min=1, max=3600, help="With --deployment: seconds that a picture may take.  [default: 120]"),
     ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what of the models goes where on a GPU instead.")] = False,
+    gpu: Annotated[
+        float | None,
+        typer.Option(min=1, max=1000, help="With --plan: a card of so many GB.  [default: this machine's, or all]"),
+    ] = None,
+    planned: Annotated[
+        str | None,
+        typer.Option(
+            "--models",
+            help="With --plan: large, large-turbo, medium; by commas.  [default: those of DARKROOM_MODELS, or all]",
+        ),
+    ] = None,
     key: Key = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
@@ -230,6 +242,12 @@ def doctor(
 
     A deployment is asked for a tiny picture of each model, which is deleted again.
     """
+    if plan:
+        if role or deployment or models or patience:
+            fail("--plan goes with --gpu, --models and --json only")
+        raise typer.Exit(0 if _plan(gpu, planned, as_json) else 1)
+    if gpu or planned:
+        fail("--gpu and --models are for --plan")
     from app.doctor import ROLES, DoctorSettings, examine
     from app.finding import tell
 
@@ -254,6 +272,18 @@ def doctor(
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     raise typer.Exit(0 if well else 1)
+
+
+def _plan(gpu: float | None, models: str | None, as_json: bool) -> bool:
+    """Tells the memory plan; whether all fits on the one card that was asked about, if it was one."""
+    from app.doctor import DoctorSettings, run_command
+    from app.plan import cards_of, models_of, tell
+
+    named = models if models is not None else read_settings(DoctorSettings).models
+    try:
+        return tell(models_of(named, strict=models is not None), cards_of(gpu, run_command), as_json=as_json)
+    except ValueError as error:
+        fail(f"--models: {error}")
 
 
 def _start_for_one_job(cleanup: ExitStack) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -30,10 +31,15 @@ from transformers import (
 
 from model.bundle import TOKENIZERS, export_diffusers
 from model.config import VARIANTS, MMDiTConfig, VAEConfig
+from model.fp8 import FP8, SCALES, use_fp8
+from model.kernels.elementwise import quantized
 from model.keys import Rule, clip_name, mmdit_rules, original, t5_name, vae_rules
 from model.layouts import Sources, find
+from model.loading import Parcel, lanes_to, load
 from model.lowrank import Difference
+from model.memory import Encoders
 from model.mmdit import MMDiT
+from model.offload import offload
 from model.room import check_room, free_bytes
 from model.sampling import Shift
 from model.shelf import Shelf
@@ -41,7 +47,7 @@ from model.text import TextEncoders
 from model.vae import VAE
 from model.weights import CheckpointError, Weights
 
-__all__ = ["CheckpointError", "Components", "Outline", "export_diffusers", "load_components", "outline"]
+__all__ = ["CheckpointError", "Components", "Outline", "export_diffusers", "footprint", "load_components", "outline"]
 
 OTHER = "other"
 """The variant of an MMDiT that is none of the published ones."""
@@ -49,6 +55,8 @@ OTHER = "other"
 PROJECTION = "text_projection.weight"
 
 MMDIT, VAE_PART, CLIP_L, CLIP_G, T5 = "MMDiT", "VAE", "CLIP-L", "CLIP-G", "T5"
+TEXT_PARTS = (CLIP_L, CLIP_G, T5)
+HOST = torch.device("cpu")
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -92,6 +100,9 @@ def load_components(
     variant: str | None = None,
     shelf: Shelf | None = None,
     free: Callable[[torch.device], int | None] = free_bytes,
+    encoders: Encoders = "gpu",
+    host_dtype: torch.dtype = torch.float32,
+    fp8: bool = False,
 ) -> Components:
     """Load a checkpoint of either layout, or a variant of one.
 
@@ -101,30 +112,43 @@ def load_components(
     load_t5 : False leaves T5 out; its part of the context is then zeros
     variant : what the operator says this is. Turbo has Large's shapes: only this tells them apart.
     shelf : of the models loaded before, on the same device and in the same dtype: what is the same is not read again
-    free : the bytes that are free on the device
+    free : the bytes that are free on a device
+    encoders : where the text encoders live and compute; `gpu` is the device of all else, whatever it is
+    host_dtype : of the encoders' weights where they compute on the CPU
+    fp8 : whether the MMDiT's large matrices are kept in fp8, see model.fp8
     raises CheckpointError : names the file or tensor, what was found and what is expected; nothing stays loaded
     raises NoRoom : the weights do not fit; none was read
     """
     sources, shelf = find(Path(path), load_t5), shelf or Shelf()
     name = variant_of(sources.mmdit_config, variant)
     _check_widths(sources)
-    to = (torch.device(device), dtype)
-    plans = _plans(sources)
+    device = torch.device(device)
+    plans = _plans(sources, fp8)
     place = tokenizers or sources.tokenizers
     tokens = _tokenizers(place, with_t5=sources.t5 is not None)
     nets = {part: shelf.find(plan.net, plan.weights) for part, plan in plans.items() if part != MMDIT}
     missing = {part: plan for part, plan in plans.items() if nets.get(part) is None}
-    check_room({part: plan.nbytes(dtype) for part, plan in missing.items()}, to[0], free(to[0]))
-    nets |= {part: plan.filled(*to, sources.difference if part == MMDIT else None) for part, plan in missing.items()}
+    homes = dict.fromkeys(plans, (device, dtype))
+    if encoders != "gpu":
+        homes |= {part: (HOST, host_dtype if encoders == "cpu" else dtype) for part in TEXT_PARTS if part in plans}
+    for where in dict.fromkeys(home for home, _ in homes.values()):
+        here = {part: plan.nbytes(homes[part][1]) for part, plan in missing.items() if homes[part][0] == where}
+        check_room(here, where, free(where))
+    nets |= {
+        part: plan.filled(*homes[part], sources.difference if part == MMDIT else None) for part, plan in missing.items()
+    }
     revision = sources.revision
     sources.require_unchanged()
     for part, plan in missing.items():
+        if part in TEXT_PARTS and encoders == "offload":
+            offload(plan.net, device)
         if part != MMDIT:
             shelf.put(plan.net, plan.weights)
     for file in sources.files:
         file.close()
-    clip_l, clip_g, t5 = (cast(Any, nets.get(part)) for part in (CLIP_L, CLIP_G, T5))
-    text = TextEncoders(clip_l, clip_g, t5, tokens, sources.mmdit_config.context_dim)
+    clip_l, clip_g, t5 = (cast(Any, nets.get(part)) for part in TEXT_PARTS)
+    at = HOST if encoders == "cpu" else device
+    text = TextEncoders(clip_l, clip_g, t5, tokens, sources.mmdit_config.context_dim, device=at, to=device)
     return Components(
         mmdit=cast(MMDiT, nets[MMDIT]),
         vae=cast(VAE, nets[VAE_PART]),
@@ -148,17 +172,25 @@ def outline(path: Path, *, load_t5: bool = True, variant: str | None = None) -> 
     return Outline(sources.mmdit_config, name, sources.revision, parameters(_mmdit_plan(sources).net))
 
 
+def footprint(path: Path, dtype: torch.dtype, *, load_t5: bool = True, fp8: bool = False) -> dict[str, int]:
+    """The bytes that each net of a checkpoint takes in this dtype, by its files' headers: MMDiT, VAE, CLIP-L, ...
+
+    raises CheckpointError : as `load_components` does
+    """
+    return {part: plan.nbytes(dtype) for part, plan in _plans(find(Path(path), load_t5), fp8).items()}
+
+
 def parameters(net: nn.Module) -> int:
     """How many numbers a network has learnt."""
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-def _plans(sources: Sources) -> dict[str, _Plan[Any]]:
+def _plans(sources: Sources, fp8: bool) -> dict[str, _Plan[Any]]:
     """A plan for each net, all names and shapes checked."""
     layout = original if sources.original else tuple
     clip_l, clip_g = sources.clip_l_config, sources.clip_g_config
     plans: dict[str, _Plan[Any]] = {
-        MMDIT: _mmdit_plan(sources),
+        MMDIT: _mmdit_plan(sources, fp8),
         VAE_PART: _plan(lambda: VAE(sources.vae_config), sources.vae, layout(vae_rules(sources.vae_config))),
         CLIP_L: _plan(lambda: CLIPTextModelWithProjection(clip_l), sources.clip_l, clip_name, PROJECTION),
         CLIP_G: _plan(lambda: CLIPTextModelWithProjection(clip_g), sources.clip_g, clip_name),
@@ -168,9 +200,12 @@ def _plans(sources: Sources) -> dict[str, _Plan[Any]]:
     return plans
 
 
-def _mmdit_plan(sources: Sources) -> _Plan[MMDiT]:
+def _mmdit_plan(sources: Sources, fp8: bool = False) -> _Plan[MMDiT]:
     layout = original if sources.original else tuple
-    return _plan(lambda: MMDiT(sources.mmdit_config), sources.mmdit, layout(mmdit_rules(sources.mmdit_config)))
+    plan = _plan(lambda: MMDiT(sources.mmdit_config), sources.mmdit, layout(mmdit_rules(sources.mmdit_config)))
+    if fp8:
+        use_fp8(plan.net)
+    return plan
 
 
 def variant_of(config: MMDiTConfig, said: str | None = None) -> str:
@@ -196,21 +231,28 @@ class _Plan(Generic[N]):
     def nbytes(self, dtype: torch.dtype) -> int:
         """What the net takes in memory."""
         state = self.net.state_dict()
-        return sum({rule.sources: state[rule.name].numel() for rule in self.rules}.values()) * dtype.itemsize
+        read = {rule.sources: state[rule.name] for rule in self.rules}.values()
+        scales = sum(tensor.nbytes for name, tensor in state.items() if name.endswith(SCALES))
+        return scales + sum(t.numel() * (t.itemsize if t.dtype is FP8 else dtype.itemsize) for t in read)
 
     def filled(self, device: torch.device, dtype: torch.dtype, difference: Difference | None = None) -> N:
         """The net with its weights on the device, ready to run; a difference is added to them in fp32."""
         parameters = {name for name, _ in self.net.named_parameters(remove_duplicate=False)}
-        read: dict[tuple[str, ...], Tensor] = {}  # by source: T5's embedding has two names and stays one tensor
-        for rule in self.rules:
-            if rule.sources not in read:
-                change = difference.of(rule.name, device) if difference else None
-                kind = dtype if change is None else torch.float32
-                tensor = rule.gather([self._read(source, device, kind) for source in rule.sources])
-                if change is not None:
-                    tensor = (tensor + change).to(dtype)
-                read[rule.sources] = nn.Parameter(tensor, requires_grad=False) if rule.name in parameters else tensor
-        state = {rule.name: read[rule.sources] for rule in self.rules}
+        kinds = {name: tensor.dtype for name, tensor in self.net.state_dict().items()}
+        state: dict[str, Tensor] = {}
+        for rules in self._portions():
+            straight = self._straight(rules, device, dtype, difference)
+            read: dict[tuple[str, ...], Tensor] = {}  # by source: T5's embedding has two names and stays one tensor
+            for rule in rules:
+                if rule.sources not in read:
+                    tensor = straight.pop(rule.sources, None)
+                    if tensor is None:
+                        tensor = self._changed(rule, device, dtype, difference)
+                    if kinds[rule.name] is FP8:
+                        tensor, state[rule.name.removesuffix("weight") + SCALES] = quantized(tensor)
+                    kept = nn.Parameter(tensor, requires_grad=False) if rule.name in parameters else tensor
+                    read[rule.sources] = kept
+                state[rule.name] = read[rule.sources]
         if self.identity is not None:
             width = self.net.get_parameter(self.identity).shape[0]
             state[self.identity] = torch.eye(width, dtype=dtype, device=device)
@@ -221,9 +263,44 @@ class _Plan(Generic[N]):
             raise CheckpointError(f"tensor {unfilled[0]} of {type(self.net).__name__} has no source")
         return self.net.requires_grad_(False).eval()
 
-    def _read(self, source: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        overflows = dtype == torch.float16 and source.endswith("DenseReluDense.wo.weight")
-        return self.weights.read(source, device, torch.float32 if overflows else dtype)
+    def _portions(self) -> list[list[Rule]]:
+        """What is read together: all, or where there is fp8 a block at a time: until it is fp8 it is twice as large."""
+        if all(tensor.dtype is not FP8 for tensor in self.net.state_dict().values()):
+            return [list(self.rules)]
+        return [list(rules) for _, rules in groupby(self.rules, key=lambda rule: rule.name.split(".")[:2])]
+
+    def _straight(
+        self, rules: Sequence[Rule], device: torch.device, dtype: torch.dtype, difference: Difference | None
+    ) -> dict[tuple[str, ...], Tensor]:
+        """The tensors that are in the files as they are, read in parallel; by source. {} without lanes."""
+        if not (lanes := lanes_to(device)):
+            return {}
+        state = self.net.state_dict()
+        found: dict[tuple[str, ...], Tensor] = {}
+        parcels: list[Parcel] = []
+        for rule in rules:
+            changed = difference is not None and difference.changes(rule.name)
+            if rule.sources in found or changed or any(source in self.weights.scales for source in rule.sources):
+                continue
+            tensor = torch.empty(state[rule.name].shape, dtype=_dtype_of(rule.sources[0], dtype), device=device)
+            if (places := rule.places(tensor)) is not None:
+                found[rule.sources] = tensor
+                entries = [self.weights.entries[source] for source in rule.sources]
+                parcels += [Parcel(entry, place) for entry, place in zip(entries, places, strict=True)]
+        load(parcels, lanes)
+        return found
+
+    def _changed(self, rule: Rule, device: torch.device, dtype: torch.dtype, difference: Difference | None) -> Tensor:
+        """One tensor, by whatever way the files keep it."""
+        change = difference.of(rule.name, device) if difference else None
+        kind = dtype if change is None else torch.float32
+        parts = [self.weights.read(source, device, _dtype_of(source, kind)) for source in rule.sources]
+        return rule.gather(parts) if change is None else (rule.gather(parts) + change).to(dtype)
+
+
+def _dtype_of(source: str, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor is kept in where its net is in `dtype`."""
+    return torch.float32 if dtype == torch.float16 and source.endswith("DenseReluDense.wo.weight") else dtype
 
 
 def _plan(

@@ -131,7 +131,7 @@ class _Run:
         return self.modulation[:, place]
 
     def wanted(self, n: int) -> tuple[list[Modulated], list[Modulated], bool]:
-        """How the streams go into block n: image, text, and whether the image's is fp8. Past the last: the final layer."""
+        """How the streams go into block n, past the last into the final layer: image, text, if the image's is fp8."""
         if n == len(self.fast.blocks):
             shift, scale = self.fast.final_place
             return [Modulated(self.at(shift), self.at(scale))], [], False
@@ -291,7 +291,7 @@ def _places(blocks: Sequence[JointBlock], final: Modulation) -> tuple[list[Place
 
     def next_places(modulation: Modulation) -> tuple[slice, ...]:
         nonlocal end
-        width = modulation[1].out_features // modulation.chunks
+        width: int = modulation[1].out_features // modulation.chunks  # type: ignore[assignment, operator]
         begun, end = end, end + modulation.chunks * width
         return tuple(slice(start, start + width) for start in range(begun, end, width))
 
@@ -307,7 +307,10 @@ def _norms(*streams: Attention) -> Tensor | None:
     """The weights of the norms of queries and keys; shape = (2, 2, head_dim). One stream stands for both."""
     if not isinstance(streams[0].ln_q, nn.RMSNorm):
         return None
-    weights = [torch.stack([attn.ln_q.weight, attn.ln_k.weight]) for attn in (*streams, streams[0])]
+    weights = [
+        torch.stack([attn.ln_q.get_parameter("weight"), attn.ln_k.get_parameter("weight")])
+        for attn in (*streams, streams[0])
+    ]
     return torch.stack(weights[:2])
 
 

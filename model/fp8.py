@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from model.kernels.elementwise import FP8, Rows, quantized
 
+SCALES = "scales"
+"""What the factors of a weight are called beside it."""
+
 STREAM = ".x_block."
 LAYERS = ("attn.qkv", "attn.proj", "attn2.qkv", "attn2.proj", "mlp.fc1", "mlp.fc2")
 
@@ -64,4 +67,4 @@ def has_fp8(device: torch.device) -> bool:
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-__all__ = ["FP8", "Fp8Linear", "has_fp8", "is_fp8", "use_fp8"]
+__all__ = ["FP8", "SCALES", "Fp8Linear", "has_fp8", "is_fp8", "use_fp8"]

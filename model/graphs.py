@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Protocol
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,13 +23,15 @@ IDLE_RUNS = 1000
 class Recording(Protocol):
     """A recorded function: runs again on inputs of the same shapes. The output is overwritten by later runs."""
 
-    def __call__(self, *inputs: Tensor) -> Tensor: ...
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The output for other inputs."""
 
 
 class Recorder(Protocol):
     """Records a function by running it on inputs."""
 
-    def __call__(self, function: Function, *inputs: Tensor) -> Recording: ...
+    def __call__(self, function: Function, *inputs: Tensor) -> Recording:
+        """Its recording."""
 
 
 class Graphs:
@@ -92,7 +95,7 @@ class Graphs:
 
 
 class CudaRecorder:
-    """Records CUDA graphs, all in one memory pool: they never run at the same time.
+    """Records CUDA graphs. Those of a device share one memory pool: they never run at the same time.
 
     A function must launch the same kernels whatever its inputs hold: no branch on a value, no copy to the CPU.
     """
@@ -101,11 +104,17 @@ class CudaRecorder:
         """warm: run each function once before it is recorded; not for one that changes things and has run before."""
         self.device, self.warm = device, warm
         self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool = _pool(device)
 
     def __call__(self, function: Function, *inputs: Tensor) -> Recording:
         """The graph of `function` on copies of the inputs."""
         return _CudaGraph(self, function, inputs)
+
+
+@cache
+def _pool(device: torch.device) -> Any:  # noqa: ARG001
+    """Of all graphs of a device: no two of them run at the same time, nor is a result needed when another has run."""
+    return torch.cuda.graph_pool_handle()
 
 
 class _CudaGraph:

@@ -48,6 +48,12 @@ class Rule:
             return torch.cat(sources[0].chunk(2)[::-1])
         return sources[0][..., None, None] if self.op == "squeeze" else sources[0]
 
+    def places(self, tensor: Tensor) -> Sequence[Tensor] | None:
+        """The parts of our tensor that the sources fill as they are, in order; None: no such parts, see `gather`."""
+        if self.op == "swap":
+            return None
+        return tensor.chunk(len(self.sources)) if self.op == "stack" else [tensor]
+
     def scatter(self, tensor: Tensor) -> dict[str, Tensor]:
         """The sources, of our tensor: the inverse of `gather`."""
         if self.op == "stack":

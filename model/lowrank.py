@@ -103,6 +103,10 @@ class Difference:
             module: self._pair(module, parts, alphas) for module, parts in _by_module(file, alphas.patterns).items()
         }
 
+    def changes(self, name: str) -> bool:
+        """Whether the tensor that our MMDiT calls `name` may differ from the base's."""
+        return any(key.rpartition(".")[0] in self._pairs for key in self._rules[name].sources)
+
     def of(self, name: str, device: torch.device) -> Tensor | None:
         """The change of the tensor that our MMDiT calls `name`, in fp32 and of its shape; None if it stays."""
         rule = self._rules[name]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch import Tensor
 from model.choices import choice_for
 from model.embeddings import Text
 from model.fast_mmdit import Conditions, FastMMDiT
+from model.fast_text import FastTextEncoders
+from model.fast_vae import FastDecoder
 from model.graphs import CudaRecorder, Graphs
 from model.mmdit import MMDiT
 from model.previews import PreviewMap, fit_to
@@ -27,6 +29,11 @@ __all__ = [
     "Begin", "Decode", "Denoise", "Encode", "Latents", "Lookups", "NonFiniteLatents", "Pipeline", "Rendering", "Work",
     "generate", "run",
 ]  # fmt: skip
+
+GRAPHED_PIXELS = 1024 * 1024
+"""Of the largest picture whose decoding is kept as a graph, with the memory that it works in."""
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -51,14 +58,14 @@ class Pipeline:
         preview_map: PreviewMap | None = None,
         fast: bool | None = None,
     ) -> None:
-        """fast: whether the MMDiT goes the fast way, which is the same but for rounding; absent: on CUDA it does."""
+        """fast: whether the nets go the fast way, which is the same but for rounding; absent: on CUDA they do."""
         self.mmdit, self.vae, self.text = mmdit, vae, text
         self.shift, self.t5_length = shift, t5_length
         self.lookups = Lookups()
         self.largest = (0, 0)  # width and height in pixels of the largest picture that was finished
         if self.device.type == "cpu":
             _channels_last(self.vae)  # 1.5 times as fast there; slower on CUDA
-        self._fast = _Fast(mmdit) if (self.device.type == "cuda" if fast is None else fast) else None
+        self._fast = _Fast(mmdit, vae, text) if (self.device.type == "cuda" if fast is None else fast) else None
         self._preview_map = preview_map  # None: fitted to the VAE when it is first needed
 
     @property
@@ -102,9 +109,10 @@ class Pipeline:
         self.lookups.hits += len(texts)
         self.lookups.misses += len(missing)
         size = 1 if alone else max_rows or max(1, len(missing))
+        encode = self._fast.text.encode if self._fast else self.text.encode
         for i in range(0, len(missing), size):
             together = missing[i : i + size]
-            for prompt, text in zip(together, self.text.encode(together, self.t5_length), strict=True):
+            for prompt, text in zip(together, encode(together, self.t5_length), strict=True):
                 texts[prompt] = text
                 self.text.cache.put(keys[prompt], text)
         return [[texts[prompt] for prompt in work.prompts] for work in batch]
@@ -145,20 +153,33 @@ class Pipeline:
     def _decode_one(self, x: Tensor) -> Tensor | NonFiniteLatents:
         if not torch.isfinite(x).all():
             return NonFiniteLatents("the latents became NaN or infinite; a lower guidance_scale may help")
-        pixels = self.vae.to_pixels(x[None])[0].cpu()
+        to_pixels = self._fast.to_pixels if self._fast else self.vae.to_pixels
+        pixels = to_pixels(x[None])[0].cpu()
         height, width = pixels.shape[:2]
         self.largest = max(self.largest, (width, height), key=math.prod)
         return pixels
 
 
 class _Fast:
-    """The fast way through an MMDiT, by CUDA graphs where there is CUDA."""
+    """The fast way through the nets, by CUDA graphs where there is CUDA. What models share has its graphs once."""
 
-    def __init__(self, mmdit: MMDiT) -> None:
+    def __init__(self, mmdit: MMDiT, vae: VAE, text: TextEncoders) -> None:
         device = mmdit.pos_embed.device
+
+        def graphs() -> Graphs | None:
+            return Graphs(CudaRecorder(device)) if device.type == "cuda" else None
+
         self.fast = FastMMDiT(mmdit)
         self.conditions = Conditions(self.fast)
-        self.graphs = Graphs(CudaRecorder(device)) if device.type == "cuda" else None
+        self.graphs = graphs()
+        self.decoder, self.decoder_graphs = _once_for(vae, lambda: (FastDecoder(vae), graphs()))
+        self.text = _once_for(text, lambda: FastTextEncoders(text, graphs()))
+
+    def to_pixels(self, latents: Tensor) -> Tensor:
+        """As VAE.to_pixels."""
+        if self.decoder_graphs is None or latents[:, 0].numel() > GRAPHED_PIXELS // 64:
+            return self.decoder.decode(latents)
+        return self.decoder_graphs.run((latents.shape, latents.dtype), self.decoder.decode, latents)
 
     def velocity(self, x: Tensor, rows: Sequence[tuple[Denoise, Text]]) -> Tensor:
         """As the MMDiT gives it; shape = (rows, 16, h/8, w/8), in and out."""
@@ -171,6 +192,15 @@ class _Fast:
             return run(x, modulation, context)
         key = (x.shape, context.shape, choice, rows[0][0].deterministic)
         return self.graphs.run(key, run, x, modulation, context)
+
+
+def _once_for(owner: object, make: Callable[[], T]) -> T:
+    """What goes with a net that several models may share."""
+    held: dict[str, Any] = vars(owner)
+    if "_fast" not in held:
+        held["_fast"] = make()
+    made: T = held["_fast"]
+    return made
 
 
 @contextmanager

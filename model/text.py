@@ -61,8 +61,13 @@ class TextEncoders:
         t5: T5EncoderModel | None,
         tokenizers: Sequence[PreTrainedTokenizerBase | None],
         context_dim: int,
+        *,
+        device: torch.device | None = None,
+        to: torch.device | None = None,
     ) -> None:
+        """device : where the encoders compute; absent: where they live. to : where texts go; absent: they stay."""
         self.clip_l, self.clip_g, self.t5, self.context_dim = clip_l, clip_g, t5, context_dim
+        self._device, self._to = device, to
         self.cache = EmbeddingCache()
         clip_l_tokenizer, clip_g_tokenizer, t5_tokenizer = tokenizers
         if clip_l_tokenizer is None or clip_g_tokenizer is None:
@@ -76,8 +81,18 @@ class TextEncoders:
 
     @property
     def device(self) -> torch.device:
-        """Where the encoders live."""
-        return next(self.clip_l.parameters()).device
+        """Where the encoders compute."""
+        return self._device or next(self.clip_l.parameters()).device
+
+    @property
+    def to(self) -> torch.device:
+        """Where texts go."""
+        return self._to or self.device
+
+    @property
+    def clip_lengths(self) -> tuple[int, int]:
+        """Tokens of CLIP-L and of CLIP-G."""
+        return _positions(self.clip_l.config), _positions(self.clip_g.config)
 
     def encode(self, prompts: Sequence[str], t5_length: int = T5_LENGTH) -> list[Text]:
         """Encode prompts as one batch.
@@ -86,37 +101,58 @@ class TextEncoders:
             shape = (clip length + t5_length, context_dim)
         pooled : CLIP-L, then CLIP-G; shape = (pooled_dim,)
         """
-        tokens_l, sequence_l, pooled_l = self._clip(self.clip_l, self.clip_l_tokenizer, prompts)
-        tokens_g, sequence_g, pooled_g = self._clip(self.clip_g, self.clip_g_tokenizer, prompts)
-        tokens_t5, sequence_t5 = self._t5(prompts, t5_length)
-        clip = torch.cat([sequence_l, sequence_g], dim=-1)
+        ids, warnings = self.read(prompts, t5_length)
+        context, pooled = self.forward(torch.tensor(ids, device=self.device), t5_length)
+        return self.apart(context, pooled, warnings)
+
+    def read(self, prompts: Sequence[str], t5_length: int) -> tuple[list[list[int]], list[tuple[str, ...]]]:
+        """For each prompt the ids for all encoders, CLIP-L's, CLIP-G's, then T5's, if it is there; and the warnings."""
+        lengths = self.clip_lengths
+        ids, warnings = [], []
+        for prompt in prompts:
+            clip_l = self.clip_l_tokenizer(prompt, lengths[0])
+            clip_g = self.clip_g_tokenizer(prompt, lengths[1])
+            t5 = self.t5_tokenizer(prompt, t5_length) if self.t5 and self.t5_tokenizer else None
+            ids.append(clip_l.ids + clip_g.ids + (t5.ids if t5 else []))
+            clip = max(clip_l, clip_g, key=lambda tokens: tokens.cut)
+            warnings.append(_warnings({"CLIP": clip, "T5": t5}))
+        return ids, warnings
+
+    def split(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The ids for each encoder, shape = (prompts, tokens) each, of those for all."""
+        clip_l, clip_g = self.clip_lengths
+        return ids[:, :clip_l], ids[:, clip_l : clip_l + clip_g], ids[:, clip_l + clip_g :]
+
+    def forward(self, ids: Tensor, t5_length: int) -> tuple[Tensor, Tensor]:
+        """Contexts and pooled vectors, as encode explains them, of the ids of prompts."""
+        ids_l, ids_g, ids_t5 = self.split(ids)
+        sequence_l, pooled_l = _clip(self.clip_l, ids_l)
+        sequence_g, pooled_g = _clip(self.clip_g, ids_g)
+        # No mask anywhere: pads are attended, as in training.
+        t5 = None if self.t5 is None else self.t5(input_ids=ids_t5).last_hidden_state
+        context = self.joined(torch.cat([sequence_l, sequence_g], dim=-1), t5, t5_length)
+        return context, torch.cat([pooled_l, pooled_g], dim=-1)
+
+    def joined(self, clip: Tensor, t5: Tensor | None, t5_length: int) -> Tensor:
+        """The context: CLIP's part, zero-padded to the joint width, followed by T5's, or by zeros without T5."""
         clip = F.pad(clip, (0, self.context_dim - clip.shape[-1]))
-        context = torch.cat([clip, sequence_t5.to(clip.dtype)], dim=1)
-        pooled = torch.cat([pooled_l, pooled_g], dim=-1)
-        warnings = [
-            _warnings({"CLIP": max(lg, g, key=lambda tokens: tokens.cut), "T5": t5})
-            for lg, g, t5 in zip(tokens_l, tokens_g, tokens_t5, strict=True)
+        if t5 is None:
+            t5 = clip.new_zeros(len(clip), t5_length, self.context_dim)
+        return torch.cat([clip, t5.to(clip.dtype)], dim=1)
+
+    def apart(self, context: Tensor, pooled: Tensor, warnings: Sequence[tuple[str, ...]]) -> list[Text]:
+        """The text of each prompt of a batch, which may have more rows than there are warnings."""
+        # Copies: a text that is kept must not hold the memory of its whole batch.
+        to = self.to
+        return [
+            Text(context[i].to(to, copy=True), pooled[i].to(to, copy=True), told) for i, told in enumerate(warnings)
         ]
-        # Clones: a text that is kept must not hold the memory of its whole batch.
-        return [Text(context[i].clone(), pooled[i].clone(), warnings[i]) for i in range(len(prompts))]
 
-    def _clip(
-        self, encoder: CLIPTextModelWithProjection, tokenizer: Tokenizer, prompts: Sequence[str]
-    ) -> tuple[list[Tokens], Tensor, Tensor]:
-        """Tokens, the penultimate layer without final norm, and the projected pooled vector."""
-        tokens = [tokenizer(prompt, _positions(encoder.config)) for prompt in prompts]
-        ids = torch.tensor([t.ids for t in tokens], device=self.device)
-        out = encoder(input_ids=ids, output_hidden_states=True)
-        return tokens, out.hidden_states[-2], out.text_embeds
 
-    def _t5(self, prompts: Sequence[str], length: int) -> tuple[list[Tokens | None], Tensor]:
-        """Tokens and the last layer with final norm. No mask anywhere: pads are attended, as in training."""
-        if self.t5 is None or self.t5_tokenizer is None:
-            zeros = torch.zeros(len(prompts), length, self.context_dim, device=self.device)
-            return [None] * len(prompts), zeros
-        tokens = [self.t5_tokenizer(prompt, length) for prompt in prompts]
-        ids = torch.tensor([t.ids for t in tokens], device=self.device)
-        return list(tokens), self.t5(input_ids=ids).last_hidden_state
+def _clip(encoder: CLIPTextModelWithProjection, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The penultimate layer without final norm, and the projected pooled vector."""
+    out = encoder(input_ids=ids, output_hidden_states=True)
+    return out.hidden_states[-2], out.text_embeds
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:

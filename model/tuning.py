@@ -85,7 +85,7 @@ def _measured(config: MMDiTConfig, precision: str, device: torch.device, name: s
 
 
 def _best(time_of: Callable[[Choice], float], device: torch.device, rows: int) -> tuple[Choice, dict[str, float]]:
-    """One question after the other: all combinations would take too long, and the answers hardly depend on each other."""
+    """One question after the other: all combinations would take long, and the answers hardly depend on each other."""
     ms: dict[str, float] = {}
 
     def tried(choice: Choice) -> float:
@@ -111,7 +111,7 @@ def _label(choice: Choice) -> str:
 
 def _milliseconds(fast: FastMMDiT, inputs: tuple[Tensor, ...], recorder: CudaRecorder, choice: Choice) -> float:
     """Of one replay of a graph, the median."""
-    recording = recorder(lambda *given: fast(*given, choice), *inputs)
+    recording = recorder(partial(fast, choice=choice), *inputs)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     found = []
     began = time.monotonic()

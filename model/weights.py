@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 SCALES = ("scale_weight", "weight_scale")
 LEFT_OUT = ("scale_input", "input_scale", "comfy_quant")  # hints for fp8 arithmetic, which is not done here
 MARKER = "scaled_fp8"
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+NUMBER_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+FLOATS = tuple(NUMBER_BYTES)
 SAMPLES, SAMPLE_BYTES = 64, 4096
 CHUNK_BYTES = 2**22
 
@@ -48,6 +50,15 @@ class WeightFile:
             return self._handles[name].get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path}: tensor {key} cannot be read: {error}") from error
+
+    def span(self, key: str) -> tuple[int, int]:
+        """Where in the file a tensor's bytes begin and end. CheckpointError: they are no tensor of its shape."""
+        about = self.header[key]
+        start, end = about["data_offsets"]
+        size = NUMBER_BYTES.get(about["dtype"], 0) * math.prod(about["shape"])
+        if start < 0 or end - start != size:
+            raise CheckpointError(f"{self.path}: tensor {key} cannot be read: {end - start} bytes, expected {size}")
+        return self._start + start, self._start + end
 
     def close(self) -> None:
         """Lets go of the file; it is opened again when it is read again."""

@@ -29,6 +29,7 @@ def parts(pipeline: Pipeline, revision: str) -> dict[str, str | int]:
         "build": _build(),
         "revision": revision,
         "dtype": str(pipeline.dtype),
+        "text_device": pipeline.text.device.type,
         "text_dtype": str(next(pipeline.text.clip_l.parameters()).dtype),
         "t5_length": pipeline.t5_length if pipeline.text.t5 is not None else 0,
         "threads": torch.get_num_threads() if pipeline.device.type == "cpu" else 0,

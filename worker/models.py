@@ -12,9 +12,11 @@ from typing import Any
 import structlog
 import torch
 
-from model.checkpoint import CheckpointError, Outline, load_components, outline
+from model.checkpoint import MMDIT, T5, TEXT_PARTS, CheckpointError, Outline, footprint, load_components, outline
 from model.config import VARIANTS
+from model.fp8 import has_fp8
 from model.lowrank import CARD, variant_at
+from model.memory import Encoders, choose_encoders, gigabytes
 from model.params import SAMPLERS, GenerationParams
 from model.pipeline import Pipeline, run
 from model.previews import fit_to, published
@@ -81,6 +83,7 @@ class Loader:
     def __init__(self, settings: WorkerSettings, free: Callable[[torch.device], int | None] = free_bytes) -> None:
         self._settings, self._free = settings, free
         self._shelf = Shelf()
+        self._encoders: Encoders | None = None  # where they are, once that is decided; the shelf's are all there
 
     def load(self, source: ModelSource) -> Model:
         """Load a model and make a first picture with it.
@@ -89,20 +92,27 @@ class Loader:
         """
         started, settings = time.perf_counter(), self._settings
         device = pick_device(settings.device)
+        dtype = pick_dtype(settings.dtype, device)
+        if self._encoders is None:
+            self._encoders = self._place_encoders(source, device, dtype)
+            log.info("text encoders", place=self._encoders)
         try:
             parts = load_components(
                 source.path,
                 device,
-                pick_dtype(settings.dtype, device),
+                dtype,
                 tokenizers=settings.tokenizers,
                 load_t5=settings.t5,
                 variant=source.variant,
                 shelf=self._shelf,
                 free=self._free,
+                encoders=self._encoders,
+                host_dtype=pick_dtype("auto", torch.device("cpu")),
+                fp8=self._fp8(source, device),
             )
         except NoRoom as error:
-            hint = "name fewer models in DARKROOM_MODELS" + ("; DARKROOM_T5=no leaves out T5" if settings.t5 else "")
-            raise NoRoom(f"{source.name}: {error}; {hint}") from None
+            fp8 = footprint(source.path, dtype, load_t5=settings.t5, fp8=True)[MMDIT]
+            raise NoRoom(f"{source.name}: {error}; {advice(error, fp8)}") from None
         told = _told(source.path)
         card = make_card(source, parts.outline, told)
         pipeline = Pipeline(
@@ -119,6 +129,51 @@ class Loader:
         return Model(
             card, pipeline, time.perf_counter() - started, fingerprint.fingerprint(pipeline, card.revision), pace
         )
+
+    def _fp8(self, source: ModelSource, device: torch.device) -> bool:
+        """As the setting says, where the device multiplies fp8 matrices."""
+        if not self._settings.fp8(source.name):
+            return False
+        if device.type == "cuda" and has_fp8(device):
+            return True
+        log.warning("fp8 is for GPUs from Ada and Hopper on: bf16 is used", model=source.name, device=str(device))
+        return False
+
+    def _place_encoders(self, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Encoders:
+        """As the setting says; `auto` as this model and all of the settings need it. A CPU has one place only."""
+        said = self._settings.text_encoders
+        if device.type != "cuda":
+            return "gpu"
+        if said != "auto":
+            return said
+        weights, shared = 0, dict[str, int]()
+        for one in dict.fromkeys((source, *self._settings.models)):
+            try:
+                found = footprint(one.path, dtype, load_t5=self._settings.t5, fp8=self._fp8(one, device))
+            except CheckpointError:
+                continue  # said when it is loaded
+            weights += found.pop(MMDIT)
+            shared |= {part: max(size, shared.get(part, 0)) for part, size in found.items()}
+        encoders = sum(shared.pop(part, 0) for part in TEXT_PARTS)
+        return choose_encoders(weights + sum(shared.values()), encoders, self._free(device))
+
+
+def advice(error: NoRoom, fp8: int) -> str:
+    """What would help, with the bytes that would be needed then. fp8: bytes of the MMDiT in that precision."""
+    needs, options = error.needs, dict[str, int]()
+    whole = sum(needs.values())
+    if T5 in needs:
+        options["DARKROOM_T5=no"] = whole - needs[T5]
+    if error.device.type == "cuda" and (texts := sum(needs.get(part, 0) for part in TEXT_PARTS)):
+        options["DARKROOM_TEXT_ENCODERS=offload"] = whole - texts
+    if error.device.type == "cuda" and fp8 < needs.get(MMDIT, 0):
+        options["DARKROOM_PRECISION=fp8"] = whole - needs[MMDIT] + fp8
+    fitting = {setting: size for setting, size in options.items() if size <= error.free}
+    told = [f"with {setting} it would need {gigabytes(size)}" for setting, size in fitting.items()]
+    if options and not fitting:
+        setting, size = min(options.items(), key=lambda option: option[1])
+        told = [f"even with {setting} it would need {gigabytes(size)}"]
+    return "; ".join(["name fewer models in DARKROOM_MODELS", *told])
 
 
 def warm_up(pipeline: Pipeline, card: ModelCard) -> dict[str, float]:

@@ -8,12 +8,13 @@ import secrets
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import NoDecode
 
 from model.config import VARIANTS
+from model.memory import Precision
 from worker.contract.settings import ContractSettings
 
 BUNDLES = Path(__file__).parent.parent / "model" / "bundles"
@@ -67,12 +68,24 @@ class WorkerSettings(ContractSettings):
     t5: bool = Field(
         default=True, description="load T5; without it prompts are understood less well, and 9.5 GB are saved"
     )
+    text_encoders: Literal["auto", "gpu", "cpu", "offload"] = Field(
+        default="auto",
+        description="where text encoders are: gpu; cpu, where a new prompt takes seconds; or offload, in the host's "
+        "memory but for the layer that runs, 0.5 s more a new prompt. auto: gpu if all models and a picture fit beside "
+        "them, else offload; `darkroom doctor --plan` tells for any card",
+    )
     t5_length: int | None = Field(
         default=None, ge=1, le=512, description="tokens of T5; absent: as the model says, or 256"
     )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="auto: bf16 on GPUs and on CPUs with bf16 matrix units, else fp32"
+    )
+    precision: Annotated[dict[str, Precision], NoDecode] = Field(
+        default_factory=dict,
+        description="fp8: the MMDiT's large matrices take half the memory and are multiplied faster on Hopper, Ada and "
+        "later GPUs, and pictures change a little; `bf16` (as DARKROOM_DTYPE says), `fp8`, or by model: `name=fp8`, "
+        "comma-separated",
     )
     max_jobs: int = Field(default=8, ge=1, le=256, description="jobs that one worker holds at a time")
     max_batch_rows: int = Field(
@@ -129,6 +142,33 @@ class WorkerSettings(ContractSettings):
         default="", description="in Kubernetes: this pod's name; with its namespace, its deletion cost is its jobs"
     )
     pod_namespace: str = Field(default="", description="in Kubernetes: the namespace of this pod")
+
+    def fp8(self, model: str) -> bool:
+        """Whether a model's large matrices are to be fp8."""
+        return self.precision.get(model, self.precision.get("", "bf16")) == "fp8"
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _parse_precision(cls, value: object) -> object:
+        """By the model's name; "" stands for those that are not named."""
+        if not isinstance(value, str):
+            return value
+        found: dict[str, str] = {}
+        for part in (part.strip() for part in value.split(",") if part.strip()):
+            name, _, kind = part.rpartition("=")
+            if kind not in ("bf16", "fp8"):
+                raise ValueError(f"{part!r} is not bf16, fp8, name=bf16 or name=fp8")
+            if name in found:
+                raise ValueError(f"{name or 'the precision of all models'} is said twice")
+            found[name] = kind
+        return found
+
+    @model_validator(mode="after")
+    def _precision_names_models(self) -> Self:
+        names = {source.name for source in self.models}
+        if unknown := [name for name in self.precision if name and name not in names]:
+            raise ValueError(f"precision names {unknown[0]!r}, expected one of {', '.join(sorted(names))}")
+        return self
 
     @field_validator("models", mode="before")
     @classmethod

@@ -112,7 +112,7 @@ class Evaluator:
         self.told = 0.0
 
     def run(self, dtype: str, known: Sequence[OpenRequest] = ()) -> Evaluation:
-        """The whole plan in `dtype`, and the default in the other one if the plan says so.
+        """The whole plan in `dtype`, and the default in the others if the plan says so.
 
         known : open requests that showed red in an earlier evaluation of these weights: then no others are tried
         """
@@ -129,8 +129,7 @@ class Evaluator:
                 found.removal = self._removal(renderer, known)
         finally:
             renderer.close()
-        if self.plan.both_dtypes:
-            other = next(name for name in DTYPES if name != dtype)
+        for other in [name for name in DTYPES if self.plan.all_dtypes and name != dtype]:
             renderer = self.renderers(other)
             try:
                 self._setting(found, settings[0], other, renderer)
@@ -144,7 +143,7 @@ class Evaluator:
         for setting in settings:
             number = plan.prompts if setting.name == BASE else plan.others
             self.budget.planned += sum(work(params) for params in setting.params(self.requests[:number], self.card))
-        pictures = SEEDS + (plan.others if plan.both_dtypes else 0)
+        pictures = SEEDS + ((len(DTYPES) - 1) * plan.others if plan.all_dtypes else 0)
         if self.card.guided:
             pictures += 2 * plan.pairs if known else plan.pairs + min(plan.tries, 13 * plan.pairs)
         self.budget.planned += usual * pictures

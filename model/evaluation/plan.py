@@ -23,7 +23,7 @@ class Plan:
     others: int = 200  # at each other size, without guidance and in the other precision
     pairs: int = 100  # for the negative prompt
     tries: int = 3000  # pictures among which the pairs are looked for
-    both_dtypes: bool = True
+    all_dtypes: bool = True
     minutes: float | None = None
 
     def limited(self, prompts: int) -> Plan:
@@ -33,7 +33,7 @@ class Plan:
 
 
 FULL = Plan()
-SAMPLE = Plan(prompts=40, others=8, pairs=8, tries=120, both_dtypes=False, minutes=11.5)
+SAMPLE = Plan(prompts=40, others=8, pairs=8, tries=120, all_dtypes=False, minutes=11.5)
 """Two CPU cores make it in twelve minutes."""
 
 

@@ -17,7 +17,8 @@ from model.pipeline import Pipeline
 from model.text import T5_LENGTH
 from model.weights import CheckpointError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""By the name of a precision: of all that is not fp8."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Subject:
 
 def load_subject(path: Path, device: torch.device, dtype: str) -> Subject:
     """A model as the worker loads it. Errors: CheckpointError says what is wrong with its files."""
-    parts = load_components(path, device, DTYPES[dtype])
+    parts = load_components(path, device, DTYPES[dtype], fp8=dtype == "fp8")
     told = _told(path)
     length = told.get("t5_length", T5_LENGTH)
     pipeline = Pipeline(parts.mmdit, parts.vae, parts.text, shift=parts.shift, t5_length=length)

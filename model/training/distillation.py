@@ -306,7 +306,8 @@ class Run:
                 "guidance": self.scale, "substeps": settings.substeps, "own": settings.own, "metrics": measures,
                 "minutes": round(leg.clock.elapsed / 60, 2), "seed": settings.seed, "begin": settings.begin,
                 "end": settings.end, "peak": settings.peak, "plan": [asdict(phase) for phase in settings.plan],
-                "device": device_name(leg.device), "gpus": team.size(), "resumed": str(settings.resume) if settings.resume else None,
+                "device": device_name(leg.device), "gpus": team.size(),
+                "resumed": str(settings.resume) if settings.resume else None,
                 "log": leg.log.rows[:: max(1, len(leg.log.rows) // 40)],
             },
         )  # fmt: skip

@@ -90,7 +90,7 @@ def train_flow(settings: FlowTraining, device: torch.device) -> dict[str, float]
     vae = load_vae(settings.vae, device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     leg.log.say(f"{net.count:,} parameters on {device_name(device)}, {settings.source.name}")
     torch.manual_seed(settings.seed + team.rank())
-    run = Run(settings, net, average, Encoder(settings.source, vae, leg, settings.compiled), leg)
+    run = Run(settings, net, average, Encoder(settings.source, vae, leg), leg)
     measures = run.loop()
     if not team.leads():
         return measures
@@ -155,9 +155,8 @@ class Run:
         pictures = settings.pictures or (64 if leg.on_gpu else 8)
         self.validation = Validation(settings.source, encoder, leg, pictures)
         if settings.compiled:
-            torch._dynamo.config.recompile_limit = 64  # one for every kind of block and size
             for block in net.mmdit.joint_blocks:
-                block.compile(dynamic=False)
+                block.compile(dynamic=True)  # once for all sizes: a minute each would be more than it saves
 
     def _new_optimizers(self, peak: float) -> list[torch.optim.Optimizer]:
         return new_optimizers(self.net, self.settings.optimizer, peak, fused=self.leg.on_gpu)
@@ -245,7 +244,8 @@ class Run:
                 "start": str(start) if start else None, "config": asdict(self.net.mmdit.config),
                 "t5_length": self.net.t5_length, "metrics": measures, "minutes": round(self.clock.elapsed / 60, 2),
                 "seed": s.seed, "begin": s.begin, "end": s.end, "optimizer": s.optimizer, "peak": s.peak,
-                "reuse": s.reuse, "plan": [asdict(phase) for phase in s.plan], "device": device_name(self.device), "gpus": team.size(),
+                "reuse": s.reuse, "plan": [asdict(phase) for phase in s.plan], "device": device_name(self.device),
+                "gpus": team.size(),
                 "resumed": str(s.resume) if s.resume else None, "vae": str(s.vae),
                 "log": self.log.rows[:: max(1, len(self.log.rows) // 60)],
             },

@@ -52,7 +52,7 @@ def profile_flow(settings: FlowTraining, device: torch.device, seconds: float = 
     net = first_net(settings).to(device)
     vae = load_vae(settings.vae, device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = Average(net, settings.average)
-    encoder = Encoder(settings.source, vae, leg, settings.compiled)
+    encoder = Encoder(settings.source, vae, leg)
     run = Run(settings, net, average, encoder, leg)
     say = leg.log.say
     say(f"{net.count:,} parameters on {device_name(device)}; ms a step; feed, draw, encode: of a new batch")

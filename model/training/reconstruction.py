@@ -222,7 +222,8 @@ def finish(settings: VAETraining, vae: VAE, average: Average, measures: dict[str
         {
             "what": "vae", "data_version": DATA_VERSION, "source": settings.source.name, "config": asdict(config),
             "metrics": measures, "minutes": round(log.clock.elapsed / 60, 2), "seed": settings.seed,
-            "begin": settings.begin, "end": settings.end, "gpus": team.size(), "batch": settings.batch, "size": settings.size,
+            "begin": settings.begin, "end": settings.end, "gpus": team.size(),
+            "batch": settings.batch, "size": settings.size,
             "weights": asdict(settings.weights), "resumed": str(settings.resume) if settings.resume else None,
             "device": device_name(next(vae.parameters()).device),
             "log": log.rows[:: max(1, len(log.rows) // 40)],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +18,10 @@ Tokens = tuple[Tensor, ...]
 
 
 class Encoder:
-    """Pictures as latents. What costs most of it, the sizes that come most often, is compiled."""
+    """Pictures as latents."""
 
-    def __init__(self, source: Source, vae: VAE, leg: Leg, compiled: bool) -> None:
+    def __init__(self, source: Source, vae: VAE, leg: Leg) -> None:
         self.source, self.vae, self.leg = source, vae, leg
-        self.network: Callable[[Tensor], Tensor] = vae.encoder
-        if compiled:
-            self.network = torch.compile(vae.encoder, dynamic=False)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, frame: Frame) -> Tensor:
@@ -39,17 +35,9 @@ class Encoder:
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Their latents."""
-        network = self.network if pixels.shape[-1] == pixels.shape[-2] else self.vae.encoder
         with self.leg.autocast():
-            try:
-                moments = network(pixels)
-            except Exception as problem:  # a compiler's errors have no common type
-                if network is self.vae.encoder:
-                    raise
-                self.leg.log.say(f"encoding without torch.compile: {type(problem).__name__}: {str(problem)[:300]}")
-                self.network = self.vae.encoder
-                moments = self.vae.encoder(pixels)
-        return self.vae.to_model(moments.chunk(2, dim=1)[0].float())
+            moments = self.vae.encoder(pixels)
+        return self.vae.to_model(moments.chunk(2, dim=1)[0].float()).contiguous()
 
 
 @dataclass

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import config as model_config
-from model.checkpoint import CheckpointError, Components, load_components, variant_of
+from model.checkpoint import CheckpointError, Components, footprint, load_components, variant_of
+from model.fp8 import Fp8Linear, is_fp8
+from model.kernels.elementwise import quantized
 from model.layouts import FETCHED
 from model.weights import WeightFile, Weights, tensors_of
 from tests.model import tiny
@@ -612,3 +614,17 @@ def test_header_broken_anywhere_is_never_another_error(tmp_path: Path) -> None:
         except CheckpointError:
             refused += 1
     assert refused > 300
+
+
+def test_large_matrices_are_quantised_as_they_are_loaded(tiny_bundle: Path) -> None:
+    whole, low = (load_components(tiny_bundle, "cpu", torch.float32, fp8=fp8).mmdit for fp8 in (False, True))
+    for name, layer in low.named_modules():
+        if isinstance(layer, Fp8Linear):
+            rows = quantized(whole.get_parameter(f"{name}.weight"))
+            assert torch.equal(layer.weight.float(), rows.values.float())
+            assert torch.equal(layer.scales, rows.scales)
+    assert {name for name, layer in low.named_modules() if isinstance(layer, Fp8Linear)} == {
+        name for name, layer in whole.named_modules() if isinstance(layer, torch.nn.Linear) and is_fp8(name)
+    }
+    sizes = [footprint(tiny_bundle, torch.float32, fp8=fp8)["MMDiT"] for fp8 in (False, True)]
+    assert sizes == [sum(t.nbytes for t in net.state_dict().values()) for net in (whole, low)]

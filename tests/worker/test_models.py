@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 from model.checkpoint import CheckpointError
+from model.fp8 import Fp8Linear
 from model.lowrank import FILE
-from model.room import NoRoom
+from model.room import NoRoom, check_room
 from model.sampling import Stretched
 from model.work import Begin
 from tests.model import tiny
 from tests.tiny_bundle import CARD
-from worker.models import Loader, Model, NoSuchDevice, pick_device
+from worker.models import Loader, Model, NoSuchDevice, advice, pick_device
 from worker.settings import ModelSource, WorkerSettings
 
 
@@ -68,10 +69,60 @@ def test_models_of_different_folders_share_what_is_the_same(tiny_bundle: Path, t
     assert second.pipeline.mmdit is not first.pipeline.mmdit
 
 
+def test_fp8_on_a_machine_without_it_is_bf16_as_the_log_says(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = loader(models=f"a={tiny_bundle}", precision="a=fp8").load(ModelSource("a", tiny_bundle))
+    assert not any(isinstance(layer, Fp8Linear) for layer in model.pipeline.mmdit.modules())
+    assert "fp8 is for GPUs from Ada and Hopper on" in capsys.readouterr().out
+
+
 def test_a_model_that_does_not_fit_says_what_would_help(tiny_bundle: Path) -> None:
     cramped = Loader(WorkerSettings(device="cpu", dtype="fp32"), free=lambda device: 1000)
-    with pytest.raises(NoRoom, match=r"^a: its weights need .* DARKROOM_MODELS; DARKROOM_T5=no leaves out T5$"):
+    with pytest.raises(NoRoom, match=r"^a: .* DARKROOM_MODELS; even with DARKROOM_T5=no it would need [\d.]+ MB$"):
         cramped.load(ModelSource("a", tiny_bundle))
+
+
+@pytest.mark.parametrize(
+    ("free", "says"),
+    [
+        (
+            21,
+            "with DARKROOM_T5=no it would need 18.0 GB; with DARKROOM_TEXT_ENCODERS=offload it would need 16.5 GB; "
+            "with DARKROOM_PRECISION=fp8 it would need 20.2 GB",
+        ),
+        (17, "with DARKROOM_TEXT_ENCODERS=offload it would need 16.5 GB"),
+        (12, "even with DARKROOM_TEXT_ENCODERS=offload it would need 16.5 GB"),
+    ],
+)
+def test_what_does_not_fit_on_a_gpu_is_told_what_would(free: int, says: str) -> None:
+    needs = {"MMDiT": 16.3, "VAE": 0.2, "CLIP-L": 0.2, "CLIP-G": 1.3, "T5": 9.5}
+    with pytest.raises(NoRoom) as refused:
+        check_room({part: int(size * 1e9) for part, size in needs.items()}, torch.device("cuda"), free * 10**9)
+    assert advice(refused.value, 9 * 10**9) == f"name fewer models in DARKROOM_MODELS; {says}"
+
+
+def test_where_only_an_mmdit_in_fp8_is_missing_fewer_models_help_and_nothing_else() -> None:
+    with pytest.raises(NoRoom) as refused:
+        check_room({"MMDiT": 10**10}, torch.device("cuda"), 10**9)
+    assert advice(refused.value, 10**10) == "name fewer models in DARKROOM_MODELS"
+
+
+@pytest.mark.parametrize(("free", "said", "place"), [
+    (5 * 10**9, "auto", "gpu"), (4 * 10**9, "auto", "offload"), (10**9, "gpu", "gpu"), (10**12, "cpu", "cpu"),
+])  # fmt: skip
+def test_text_encoders_are_where_the_setting_or_the_memory_wants_them(
+    tiny_bundle: Path, free: int, said: Any, place: str
+) -> None:
+    source = ModelSource("a", tiny_bundle)
+    settings = WorkerSettings(models=(source, ModelSource("gone", tiny_bundle / "gone")), text_encoders=said)
+    found = Loader(settings, free=lambda device: free)._place_encoders(source, torch.device("cuda"), torch.float32)
+    assert found == place
+
+
+def test_on_a_cpu_text_encoders_are_with_the_model(tiny_bundle: Path) -> None:
+    model = loader(text_encoders="offload").load(ModelSource("a", tiny_bundle))
+    assert model.pipeline.text.to == model.pipeline.device == torch.device("cpu")
 
 
 def test_what_a_variants_card_does_not_say_is_as_its_base_says(tiny_bundle: Path, tmp_path: Path) -> None:

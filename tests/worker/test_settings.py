@@ -53,3 +53,26 @@ def test_a_bad_value_is_refused_with_its_name(
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValidationError, match=says):
         WorkerSettings()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("", (False, False)), ("fp8", (True, True)), ("b=fp8", (False, True)), ("fp8, b=bf16", (True, False))],
+)
+def test_the_precision_is_of_all_models_or_of_one(text: str, expected: tuple[bool, bool]) -> None:
+    settings = WorkerSettings(models="a=/a,b=/b", precision=text)  # type: ignore[arg-type]
+    assert (settings.fp8("a"), settings.fp8("b")) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("fp16", "'fp16' is not bf16, fp8, name=bf16 or name=fp8"),
+        ("a=fp8,a=bf16", "a is said twice"),
+        ("fp8,bf16", "the precision of all models is said twice"),
+        ("c=fp8", "precision names 'c', expected one of a, b"),
+    ],
+)
+def test_a_wrong_precision_is_refused(text: str, says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        WorkerSettings(models="a=/a,b=/b", precision=text)  # type: ignore[arg-type]

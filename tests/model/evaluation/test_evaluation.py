@@ -202,7 +202,7 @@ class RedEyed(Checker):
 SMALL = replace(CARD, width=64, height=64)
 
 
-def test_a_plan_makes_every_size_without_guidance_and_in_both_precisions() -> None:
+def test_a_plan_makes_every_size_without_guidance_and_in_all_precisions() -> None:
     painters: list[Painter] = []
 
     def renderers(dtype: str) -> Painter:
@@ -214,7 +214,7 @@ def test_a_plan_makes_every_size_without_guidance_and_in_both_precisions() -> No
     found = Evaluator(SMALL, 4096, renderers, RedEyed(64).eval(), plan, lambda _: None).run("bf16")
     assert [(r.setting, r.dtype, r.pictures) for r in found.results] == [
         ("default", "bf16", 3), ("96x64", "bf16", 2), ("64x96", "bf16", 2), ("128x128", "bf16", 2),
-        ("guidance 1", "bf16", 2), ("fp32", "fp32", 2),
+        ("guidance 1", "bf16", 2), ("fp32", "fp32", 2), ("fp8", "fp8", 2),
     ]  # fmt: skip
     assert found.results[1].base == found.results[1].counts
     assert all(painter.closed for painter in painters)
@@ -223,7 +223,7 @@ def test_a_plan_makes_every_size_without_guidance_and_in_both_precisions() -> No
 
 def test_pairs_that_show_red_are_made_again_without_it() -> None:
     painter = Painter()
-    plan = Plan(prompts=1, others=1, pairs=3, tries=60, both_dtypes=False)
+    plan = Plan(prompts=1, others=1, pairs=3, tries=60, all_dtypes=False)
     found = Evaluator(SMALL, 64, lambda _: painter, RedEyed(64).eval(), plan, lambda _: None).run("fp32")
     assert found.removal is not None
     assert len(found.removal.pairs) == 3
@@ -235,7 +235,7 @@ def test_pairs_that_show_red_are_made_again_without_it() -> None:
 
 def test_known_pairs_are_not_looked_for() -> None:
     painter = Painter()
-    plan = Plan(prompts=1, others=1, pairs=2, tries=60, both_dtypes=False)
+    plan = Plan(prompts=1, others=1, pairs=2, tries=60, all_dtypes=False)
     known = [OpenRequest("a star on a white background", "star", seed) for seed in (5, 6, 7)]
     found = Evaluator(SMALL, 64, lambda _: painter, RedEyed(64).eval(), plan, lambda _: None).run("fp32", known)
     assert found.removal is not None
@@ -244,7 +244,7 @@ def test_known_pairs_are_not_looked_for() -> None:
 
 
 def test_sizes_beyond_the_models_reach_are_left_out() -> None:
-    plan = Plan(prompts=1, others=1, pairs=0, both_dtypes=False)
+    plan = Plan(prompts=1, others=1, pairs=0, all_dtypes=False)
     found = Evaluator(SMALL, 96, lambda _: Painter(), RedEyed(64).eval(), plan, lambda _: None).run("fp32")
     assert [result.setting for result in found.results] == ["default", "96x64", "64x96", "guidance 1"]
 

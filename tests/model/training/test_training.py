@@ -206,7 +206,7 @@ def test_left_out_captions_become_the_empty_one(tower: TextTower) -> None:
 def test_the_reservoir_hands_out_each_picture_about_as_often_as_asked(vae_folder: Path) -> None:
     leg = Leg.start(0.0, 0, (0.0, 1.0), CPU)
     feed = Feed(Captioned(Drawings()), seed=0, processes=0)
-    encoder = Encoder(Drawings(), load_vae(vae_folder, CPU), leg, compiled=False)
+    encoder = Encoder(Drawings(), load_vae(vae_folder, CPU), leg)
     size = Size(16, 16, 4)
     reservoir = Reservoir(encoder, feed, reuse=3.0, limit=10**9, sizes=1)
     latents, _ = reservoir.take(size)
@@ -222,7 +222,7 @@ def test_the_reservoir_hands_out_each_picture_about_as_often_as_asked(vae_folder
 
 def test_the_reservoir_keeps_within_its_bytes(vae_folder: Path) -> None:
     leg = Leg.start(0.0, 0, (0.0, 1.0), CPU)
-    encoder = Encoder(Drawings(), load_vae(vae_folder, CPU), leg, compiled=False)
+    encoder = Encoder(Drawings(), load_vae(vae_folder, CPU), leg)
     reservoir = Reservoir(encoder, Feed(Captioned(Drawings()), 0, 0), reuse=4.0, limit=2 * 64 * 4 * 5, sizes=1)
     for _ in range(20):
         reservoir.take(Size(16, 16, 4))
@@ -319,7 +319,7 @@ def flow_run(settings: FlowTraining) -> Run:
     average = Average(net, settings.average)
     if settings.resume:
         restore(average, settings.resume)
-    encoder = Encoder(settings.source, load_vae(settings.vae, CPU), leg, compiled=False)
+    encoder = Encoder(settings.source, load_vae(settings.vae, CPU), leg)
     return Run(settings, net, average, encoder, leg)
 
 
