@@ -28,7 +28,11 @@ READERS: tuple[tuple[str, type[BaseSettings], type[BaseSettings] | None], ...] =
     ("`up`", StackSettings, GatewaySettings),
     ("webhooks", WebhookSettings, GatewaySettings),
 )
-COMPUTED = {"models": "those in `model/bundles/`", "worker_name": "host name, process id, chance"}
+COMPUTED = {
+    "models": "those in `model/bundles/`",
+    "precision": "`bf16`",
+    "worker_name": "host name, process id, chance",
+}
 
 
 def settings_table() -> str:
