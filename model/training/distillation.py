@@ -11,7 +11,6 @@ which would send gradients through all the steps, and blur where the two runs pa
 from __future__ import annotations
 
 import random
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -42,9 +41,6 @@ from model.training.plan import Phase, Plan, Size, phase_at
 from model.training.sources import HELD_OUT_SEEDS, Drawings, Source
 from model.training.teacher import Teacher, Texts, load_teacher, write_comparison
 from model.training.windows import Window, guided, velocity, windows
-
-COMPILED_SIDES = (256, 512)
-"""Squares of these sides are compiled for: they come often enough to pay."""
 
 SHIFT = Stretched(3.0, 0.4)
 """Levels 1, 0.91, 0.76 and 0.4 for four steps: the published ones would spend the last step on the last 0.9 %."""
@@ -162,9 +158,9 @@ class Run:
         reading = Captioned(settings.source, teacher.reader())
         self.feed = Feed(reading, first_seed(settings.seed, settings.begin), settings.processes)
         if settings.compiled:
-            torch._dynamo.config.recompile_limit = 64  # one for every kind of block and size
+            torch._dynamo.config.recompile_limit = 16  # one for every kind of block, the teacher's and the student's
             for block in (*teacher.mmdit.joint_blocks, *student.joint_blocks):
-                block.compile(dynamic=False)
+                block.compile(dynamic=True)  # once for all sizes
 
     def _new_optimizers(self, peak: float) -> list[torch.optim.Optimizer]:
         weights, gpu = self.average.live, self.leg.on_gpu
@@ -219,11 +215,10 @@ class Run:
         x = torch.randn(size.batch, channels, size.height // 8, size.width // 8, device=self.device)
         own = torch.rand(size.batch, 1, 1, 1, device=self.device) < self.settings.own
         losses = []
-        with self._stance(size):
-            for window in self.windows:
-                loss, ends, own_ends = self._step(x, window, texts)
-                losses.append(loss)
-                x = torch.where(own, own_ends, ends)
+        for window in self.windows:
+            loss, ends, own_ends = self._step(x, window, texts)
+            losses.append(loss)
+            x = torch.where(own, own_ends, ends)
         self.rows += size.batch * team.size()
         return losses
 
@@ -258,12 +253,6 @@ class Run:
             return self.distance()
         finally:
             self.average.swap()
-
-    def _stance(self, size: Size) -> AbstractContextManager[None]:
-        """Whether compiled code is used for a size."""
-        if self.descent.compiled and size.height == size.width and size.height in COMPILED_SIDES:
-            return nullcontext()
-        return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
     def distance(self) -> float:
         """Between the student's last latents and the teacher's from the same noise, for captions that are kept apart.
