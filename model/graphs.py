@@ -104,7 +104,7 @@ class CudaRecorder:
         """warm: run each function once before it is recorded; not for one that changes things and has run before."""
         self.device, self.warm = device, warm
         self.stream = torch.cuda.Stream(device)
-        self.pool = _pool(device)
+        self.pool, _ = _pool(device)
 
     def __call__(self, function: Function, *inputs: Tensor) -> Recording:
         """The graph of `function` on copies of the inputs."""
@@ -112,9 +112,17 @@ class CudaRecorder:
 
 
 @cache
-def _pool(device: torch.device) -> Any:  # noqa: ARG001
-    """Of all graphs of a device: no two of them run at the same time, nor is a result needed when another has run."""
-    return torch.cuda.graph_pool_handle()
+def _pool(device: torch.device) -> tuple[Any, torch.cuda.CUDAGraph]:
+    """That of all graphs of a device, with one that does nothing: a pool whose last graph goes cannot be used again.
+
+    One is enough: no two graphs run at the same time, nor is a result needed when another has run.
+    """
+    handle, held, stream = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        held.capture_begin(pool=handle, capture_error_mode="thread_local")
+        torch.zeros(1, device=device)
+        held.capture_end()
+    return handle, held
 
 
 class _CudaGraph:

@@ -99,7 +99,7 @@ def load(parcels: Sequence[Parcel], lanes: Sequence[Lane]) -> None:
             lane.begin()
         with ThreadPoolExecutor(len(lanes), "load") as pool:
             try:
-                wait([pool.submit(reading.run, lane) for lane in lanes])
+                wait([pool.submit(reading.run, lane, torch.is_inference_mode_enabled()) for lane in lanes])
             finally:
                 reading.stop()
     if reading.errors:
@@ -163,15 +163,19 @@ class _Reading:
         """Nothing more is begun."""
         self._stopped = True
 
-    def run(self, lane: Lane) -> None:
-        """Read on until nothing is left or something went wrong. What comes before an error was begun before it."""
-        while (taken := self._next()) is not None:
-            n, stretch = taken
-            try:
-                self._read(stretch, lane)
-            except BaseException as error:
-                self.errors[n] = error
-                self.stop()
+    def run(self, lane: Lane, inference: bool = False) -> None:
+        """Read on until nothing is left or something went wrong. What comes before an error was begun before it.
+
+        inference : whether the places are inference tensors, which no thread outside that mode may write to
+        """
+        with torch.inference_mode(inference):
+            while (taken := self._next()) is not None:
+                n, stretch = taken
+                try:
+                    self._read(stretch, lane)
+                except BaseException as error:
+                    self.errors[n] = error
+                    self.stop()
 
     def _next(self) -> tuple[int, _Stretch] | None:
         with self._lock:

@@ -36,7 +36,7 @@ from model.text import CLIP_LENGTH, T5_LENGTH
 SHAPES = ((1, 512), (2, 512), (4, 512), (8, 512), (2, 768), (1, 1024), (2, 1024), (2, 1440))
 """Rows and side in pixels."""
 
-ROUNDS = 7
+ROUNDS = 6
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -81,6 +81,7 @@ class FlowTraining:
 def train_flow(settings: FlowTraining, device: torch.device) -> dict[str, float]:
     """Trains and writes weights, sample sheets and training.json to `settings.out`; returns the measures."""
     leg = Leg.start(settings.minutes, 28 if settings.prompts != () else 8, (settings.begin, settings.end), device)
+    torch.backends.cudnn.benchmark = False  # the autoencoder sees every size seldom: trying kernels out does not pay
     torch.manual_seed(settings.seed)  # of the first weights; noise differs between processes
     net = first_net(settings).to(device)
     average = Average(net, settings.average)
