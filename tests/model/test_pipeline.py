@@ -20,9 +20,9 @@ PROMPT, NEGATIVE = "the red cat", "a dog"
 TOLERANCE = 2e-4
 
 
-@pytest.fixture(scope="module")
-def pipeline(components: Components) -> Pipeline:
-    return Pipeline(components.mmdit, components.vae, components.text, shift=components.shift)
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "fast"])
+def pipeline(components: Components, request: pytest.FixtureRequest) -> Pipeline:
+    return Pipeline(components.mmdit, components.vae, components.text, shift=components.shift, fast=request.param)
 
 
 def params(**given: Any) -> GenerationParams:
