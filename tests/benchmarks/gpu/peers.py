@@ -24,10 +24,15 @@ class Kind:
 
     compiled: bool
     backend: str = "inductor"
+    fp8: bool = False  # every linear layer of the MMDiT by torchao, a scale for each row of weights and inputs
 
     def transformer(self, net: MMDiT) -> SD3Transformer2DModel:
         """Their MMDiT with our weights."""
         found = transformer_of(net)
+        if self.fp8:
+            from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+            quantize_(found, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
         for block in found.transformer_blocks if self.compiled else ():
             block.compile(backend=self.backend)
         return found

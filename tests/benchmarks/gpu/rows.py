@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.fp8 import FP8, use_fp8
 from model.params import GenerationParams
 from model.pipeline import Decode, Denoise, Encode, Latents, Pipeline, generate, run
 from model.sampling import schedule
@@ -96,6 +98,27 @@ def step(
     floor = bench.ceilings.forward_s(size.mmdit, rows, image, text)
     measured = f"{variant} {side}x{side}, {'guided step' if guided else 'step of one row'}"
     yield Finding(name, measured, "ms", found, goals, floor, [f"{flop / 1e12:.3g} TFLOP"], apart)
+
+
+def low_step(bench: Bench, name: str, variant: str, side: int, goals: Sequence[Goal]) -> Iterator[Finding]:
+    """One guided step in fp8, beside diffusers in torchao's fp8 and ours in bf16."""
+    size = bench.size(variant, side)
+    whole = random_pipeline(size, bench.device, encoders=False)
+    mmdit = deepcopy(whole.mmdit)
+    use_fp8(mmdit)
+    assert mmdit.joint_blocks[0].x_block.attn.qkv.weight.dtype is FP8  # type: ignore[union-attr]
+    ours = Pipeline(mmdit, whole.vae, whole.text, t5_length=size.t5_length)
+    work = _work(size, bench.device, guided=True)
+    calls: dict[str, Callable[[], Tensor]] = {"ours": partial(_stepped, ours, work)}
+    kind = replace(bench.peer("compiled"), fp8=bench.device.type == "cuda")
+    calls["torchao"] = peers.step(kind.transformer(whole.mmdit), work)
+    calls["ours in bf16"] = partial(_stepped, whole, work)
+    found = bench.timed(calls, steps=STEPS_IN_A_ROW)
+    apart = {peer: _apart(calls["ours"](), calls[peer]()) for peer in ("torchao", "ours in bf16")}
+    image, text = (size.side // 16) ** 2, CLIP_LENGTH + size.t5_length
+    flop = 2 * (flops.linear(size.mmdit, image, text) + flops.attention(size.mmdit, image, text))
+    notes = [f"{flop / 1e12:.3g} TFLOP", "torchao: every linear layer in fp8 by rows, each block compiled"]
+    yield Finding(name, f"{variant} {side}x{side}, guided step in fp8", "ms", found, goals, None, notes, apart)
 
 
 def _work(size: Size, device: torch.device, guided: bool) -> Denoise:
@@ -298,6 +321,7 @@ ROWS = (
     Row("medium-512", partial(step, variant="medium", side=512, goals=[Goal(0.15, E), Goal(0.30, C)])),
     Row("medium-1024", partial(step, variant="medium", side=1024, goals=[Goal(0.85, C)])),
     Row("medium-1440", partial(step, variant="medium", side=1440, goals=[Goal(0.85, C)])),
+    Row("large-fp8", partial(low_step, variant="large", side=1024, goals=[Goal(0.80, "torchao")]), ("torchao",)),
     Row("vae-1024", partial(decoding, goals=[Goal(0.35, E)])),
     Row("text", partial(encoding, goals=[Goal(0.30, E)])),
     Row("resident", resident),
