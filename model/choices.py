@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def choice_for(device: torch.device, precision: str, hidden: int, rows: int, ima
     choice = Choice(**nearest["choice"])
     if choice.attention not in backends(device):
         _say_once(f"attention by {choice.attention} is not installed: PyTorch's own is used")
-        return Choice(attention="default", apart=choice.apart, beside=choice.beside)
+        return replace(choice, attention="default")
     return choice
 
 

@@ -44,12 +44,14 @@ class Choice:
     """How one shape runs fastest; the result is the same but for rounding.
 
     attention : see kernels.attention.BACKENDS
-    apart : a matrix product for each picture, straight into and out of the joint layout, instead of one for all
+    apart : attention's products for each picture alone, straight into and out of the joint layout
+    mlp_apart : the MLP's first product for each picture alone
     beside : the text stream's products run beside the image's, on a CUDA stream of their own
     """
 
     attention: str = "default"
     apart: bool = False
+    mlp_apart: bool = False
     beside: bool = False
 
 
@@ -109,10 +111,21 @@ class FastMMDiT:
         """
         mmdit = self.mmdit
         rows, columns = x.shape[-2] // self.config.patch, x.shape[-1] // self.config.patch
-        tokens = (mmdit.x_embedder(x) + mmdit.positions(rows, columns).to(x.dtype)).contiguous()
+        tokens = self.patched(x, rows, columns)
         run = _Run(self, modulation, choice, len(x), tokens.shape[1], context.shape[1])
         tokens = run.blocks(tokens, context)
         return mmdit.unpatchify(mmdit.final_layer.linear(tokens).unflatten(0, (len(x), -1)), rows, columns)
+
+    def patched(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """Latents as tokens with their positions, by one matrix product; shape = (batch, rows * columns, hidden)."""
+        conv, p = self.mmdit.x_embedder.proj, self.config.patch
+        patches = (
+            x.unflatten(2, (rows, p)).unflatten(4, (columns, p)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        )
+        assert conv.bias is not None
+        places = (self.mmdit.positions(rows, columns) + conv.bias).to(x.dtype)
+        weight = conv.weight.flatten(1).t()
+        return torch.baddbmm(places.expand(len(x), -1, -1), patches, weight.expand(len(x), -1, -1))
 
     def side(self, device: torch.device) -> torch.cuda.Stream:
         """The stream of the text's products."""
@@ -227,18 +240,27 @@ class _Run:
         """shape = (batch, tokens, hidden), in and out."""
         batch, tokens, hidden = attended.shape
         out = self.modulation.new_empty((batch, tokens, hidden))
-        if isinstance(layer, Fp8Linear) or not self.choice.apart:
-            rows = attended.reshape(batch * tokens, hidden)
-            product(layer, quantized(rows) if isinstance(layer, Fp8Linear) else rows, out.flatten(0, 1))
-        else:
+        if isinstance(layer, Fp8Linear):
+            product(layer, quantized(attended), out.flatten(0, 1))
+        elif self.choice.apart:
             for b in range(batch):
                 product(layer, attended[b], out[b])
+        else:
+            product(layer, attended.reshape(batch * tokens, hidden), out.flatten(0, 1))
         return out
 
     def product(self, layer: nn.Module, x: Tensor | Rows) -> Tensor:
         """shape = (rows, in) -> (rows, out)."""
         rows = len(x.values if isinstance(x, Rows) else x)
         return product(layer, x, self.modulation.new_empty((rows, len(layer.get_parameter("weight")))))
+
+    def gelu_product(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """The MLP's first product and GELU; shape = (rows, in) -> (rows, out)."""
+        parts = x.chunk(self.batch) if self.choice.mlp_apart and len(x) == self.batch * self.image else (x,)
+        out = x.new_empty((len(x), layer.out_features))
+        for part, its in zip(parts, out.chunk(len(parts)), strict=True):
+            gelu_product(layer, part, its)
+        return out
 
     def finish(
         self,
@@ -256,7 +278,7 @@ class _Run:
         if isinstance(made, Rows):
             hidden = gelu_quantized(self.product(stream.mlp.fc1, made))
         else:
-            hidden = gelu_product(stream.mlp.fc1, made)
+            hidden = self.gelu_product(stream.mlp.fc1, made)
         value = self.product(stream.mlp.fc2, hidden).view_as(x)
         return add_and_norm(x, [Branch(self.at(places[5]), value)], wanted, fp8)
 
@@ -271,11 +293,11 @@ def product(layer: nn.Module, x: Tensor | Rows, out: Tensor) -> Tensor:
     return torch.addmm(layer.bias, x, layer.weight.t(), out=out)
 
 
-def gelu_product(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer and GELU (tanh), in one kernel on CUDA; shape = (rows, in) -> (rows, out)."""
+def gelu_product(layer: nn.Linear, x: Tensor, out: Tensor) -> Tensor:
+    """A linear layer and GELU (tanh), in one kernel on CUDA, written to `out`; shape = (rows, in) -> (rows, out)."""
     if x.is_cuda:
-        return torch._addmm_activation(layer.bias, x, layer.weight.t(), use_gelu=True)
-    return F.gelu(layer(x), approximate="tanh")
+        return torch._addmm_activation(layer.bias, x, layer.weight.t(), use_gelu=True, out=out)
+    return out.copy_(F.gelu(layer(x), approximate="tanh"))
 
 
 def _part(x: Tensor | Rows, b: int, batch: int) -> Tensor | Rows:

@@ -2,8 +2,8 @@
 
 The command: python -m model.tuning
 
-For each published size, precision and shape: the attention first, then whether pictures go through the matrix products
-apart, then whether the text's products run beside the image's. Writes what won into the committed table.
+For each published size, precision and shape: the attention first, then which matrix products pictures go through apart,
+then whether the text's products run beside the image's. Writes what won into the committed table.
 """
 
 from __future__ import annotations
@@ -102,11 +102,13 @@ def _best(time_of: Callable[[Choice], float], device: torch.device, rows: int) -
     best = min((Choice(attention=name) for name in known), key=tried)
     if rows > 1:
         best = min((best, replace(best, apart=True)), key=tried)
+        best = min((best, replace(best, mlp_apart=True)), key=tried)
     return min((best, replace(best, beside=True)), key=tried), ms
 
 
 def _label(choice: Choice) -> str:
-    return f"{choice.attention}{' apart' if choice.apart else ''}{' beside' if choice.beside else ''}"
+    ways = [name for name in ("apart", "mlp_apart", "beside") if getattr(choice, name)]
+    return " ".join([choice.attention, *ways])
 
 
 def _milliseconds(fast: FastMMDiT, inputs: tuple[Tensor, ...], recorder: CudaRecorder, choice: Choice) -> float:
@@ -155,7 +157,20 @@ def random_mmdit(config: MMDiTConfig, device: torch.device) -> MMDiT:
 def _write(path: Path, gpu: str, key: str, lines: list[dict[str, object]]) -> None:
     table = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     table.setdefault(gpu, {})[key] = lines
-    path.write_text(json.dumps(table, indent=1) + "\n")
+    path.write_text(_text(table))
+
+
+def _text(table: dict[str, dict[str, list[dict[str, object]]]]) -> str:
+    """JSON with a line for each shape."""
+    gpus = []
+    for name, keys in table.items():
+        lists = [f"  {json.dumps(key)}: [\n{_lines(lines)}\n  ]" for key, lines in keys.items()]
+        gpus.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lists) + "\n }")
+    return "{\n" + ",\n".join(gpus) + "\n}\n"
+
+
+def _lines(lines: list[dict[str, object]]) -> str:
+    return ",\n".join(f"   {json.dumps(line)}" for line in lines)
 
 
 if __name__ == "__main__":

@@ -105,23 +105,27 @@ def joined_heads(image: Tensor, text: Tensor | None, weights: Tensor | None) -> 
 
 
 def quantized(x: Tensor) -> Rows:
-    """A matrix, shape = (rows, columns), in fp8: each row is scaled so that its largest value is the format's."""
+    """Rows in fp8, each scaled so that its largest value is the format's.
+
+    x : shape = (batch, tokens, width) or (rows, width); only the last axis must be contiguous
+    """
     if fused(x):
         from model.kernels import triton_kernels
 
-        return triton_kernels.quantized(x, gelu=False)
+        return triton_kernels.quantized(x if x.ndim == 3 else x[None], gelu=False)
     return _quantized(x.float())
 
 
 def gelu_quantized(x: Tensor) -> Rows:
-    """GELU (tanh) of a matrix, in fp8."""
+    """The same of GELU (tanh)."""
     if fused(x):
         from model.kernels import triton_kernels
 
-        return triton_kernels.quantized(x, gelu=True)
+        return triton_kernels.quantized(x if x.ndim == 3 else x[None], gelu=True)
     return _quantized(F.gelu(x.float(), approximate="tanh"))
 
 
 def _quantized(x: Tensor) -> Rows:
+    x = x.reshape(-1, x.shape[-1])
     scales = (x.abs().amax(1, keepdim=True) / FP8_MAX).clamp(min=SMALLEST_SCALE)
     return Rows((x / scales).clamp(-FP8_MAX, FP8_MAX).to(FP8), scales)

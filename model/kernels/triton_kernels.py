@@ -18,30 +18,54 @@ if TYPE_CHECKING:
 FP8_MAX = tl.constexpr(448.0)
 SMALLEST_SCALE = tl.constexpr(1e-12)
 
+# A row is held as two tiles, MAIN and REST, whose widths are powers of two: one tile of the next power of two would be
+# two fifths empty for rows of 2,432 or 9,728. REST is 0 where the row is a power of two.
+
 
 @triton.jit
-def _put(y, values, scales, row, columns, mask, width, QUANTIZED: tl.constexpr):
-    """Store a row, in fp8 with its scale if so wanted."""
-    at = values + row * width + columns
+def _load(at, columns, mask):
+    return tl.load(at + columns, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _added(v, gate, value, columns, mask):
+    return v + _load(gate, columns, mask) * _load(value, columns, mask)
+
+
+@triton.jit
+def _modulated(normed, shift, scale, columns, mask):
+    return normed * (1.0 + _load(scale, columns, mask)) + _load(shift, columns, mask)
+
+
+@triton.jit
+def _largest(y, mask):
+    return tl.max(tl.where(mask, tl.abs(y), 0.0), axis=0)
+
+
+@triton.jit
+def _put(y, factor, at, columns, mask, QUANTIZED: tl.constexpr):
     if QUANTIZED:
-        scale = tl.maximum(tl.max(tl.where(mask, tl.abs(y), 0.0), axis=0) / FP8_MAX, SMALLEST_SCALE)
-        y = tl.minimum(tl.maximum(y / scale, -FP8_MAX), FP8_MAX)
+        y = tl.minimum(tl.maximum(y * factor, -FP8_MAX), FP8_MAX)
+    tl.store(at + columns, y.to(at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _put_row(
+    main, rest, values, scales, row, c_main, m_main, c_rest, m_rest,
+    WIDTH: tl.constexpr, QUANTIZED: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Store a row, in fp8 with its scale if so wanted."""
+    factor = 1.0
+    if QUANTIZED:
+        largest = _largest(main, m_main)
+        if REST:
+            largest = tl.maximum(largest, _largest(rest, m_rest))
+        scale = tl.maximum(largest / FP8_MAX, SMALLEST_SCALE)
         tl.store(scales + row, scale)
-    tl.store(at, y.to(values.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _added(v, gate, gate_stride, value, batch_stride, row_stride, batch, token, columns, mask):
-    g = tl.load(gate + batch * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    p = tl.load(value + batch * batch_stride + token * row_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    return v + g * p
-
-
-@triton.jit
-def _modulated(normed, shift, scale, stride, batch, columns, mask):
-    a = tl.load(scale + batch * stride + columns, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(shift + batch * stride + columns, mask=mask, other=0.0).to(tl.float32)
-    return normed * (1.0 + a) + b
+        factor = 1.0 / scale
+    _put(main, factor, values + row * WIDTH, c_main, m_main, QUANTIZED)
+    if REST:
+        _put(rest, factor, values + row * WIDTH, c_rest, m_rest, QUANTIZED)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -53,28 +77,37 @@ def _add_and_norm_kernel(
     shift_1, scale_1, mod_stride_1, made_1, scales_1,
     tokens,
     HIDDEN: tl.constexpr, EPS: tl.constexpr, BRANCHES: tl.constexpr, WANTED: tl.constexpr,
-    QUANTIZED: tl.constexpr, BLOCK: tl.constexpr,
+    QUANTIZED: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
-    columns = tl.arange(0, BLOCK)
-    mask = columns < HIDDEN
-    v = tl.load(x + row * HIDDEN + columns, mask=mask, other=0.0).to(tl.float32)
+    c, d = tl.arange(0, MAIN), MAIN + tl.arange(0, REST if REST else 1)
+    m, n = c < HIDDEN, d < HIDDEN
+    v = _load(x + row * HIDDEN, c, m)
+    w = _load(x + row * HIDDEN, d, n)
     if BRANCHES >= 1:
-        v = _added(v, gate_0, gate_stride_0, value_0, batch_stride_0, row_stride_0, batch, token, columns, mask)
+        gate, value = gate_0 + batch * gate_stride_0, value_0 + batch * batch_stride_0 + token * row_stride_0
+        v = _added(v, gate, value, c, m)
+        w = _added(w, gate, value, d, n)
     if BRANCHES == 2:
-        v = _added(v, gate_1, gate_stride_1, value_1, batch_stride_1, row_stride_1, batch, token, columns, mask)
+        gate, value = gate_1 + batch * gate_stride_1, value_1 + batch * batch_stride_1 + token * row_stride_1
+        v = _added(v, gate, value, c, m)
+        w = _added(w, gate, value, d, n)
     if BRANCHES:
-        tl.store(out + row * HIDDEN + columns, v.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + row * HIDDEN + c, v.to(out.dtype.element_ty), mask=m)
+        tl.store(out + row * HIDDEN + d, w.to(out.dtype.element_ty), mask=n)
     if WANTED:
-        mean = tl.sum(v, axis=0) / HIDDEN
-        off = tl.where(mask, v - mean, 0.0)
-        normed = off * tl.rsqrt(tl.sum(off * off, axis=0) / HIDDEN + EPS)
-        y = _modulated(normed, shift_0, scale_0, mod_stride_0, batch, columns, mask)
-        _put(y, made_0, scales_0, row, columns, mask, HIDDEN, QUANTIZED)
+        mean = (tl.sum(v, axis=0) + tl.sum(w, axis=0)) / HIDDEN
+        v, w = v - mean, tl.where(n, w - mean, 0.0)
+        factor = tl.rsqrt((tl.sum(v * v, axis=0) + tl.sum(w * w, axis=0)) / HIDDEN + EPS)
+        v, w = v * factor, w * factor
+        shift, scale = shift_0 + batch * mod_stride_0, scale_0 + batch * mod_stride_0
+        y, z = _modulated(v, shift, scale, c, m), _modulated(w, shift, scale, d, n)
+        _put_row(y, z, made_0, scales_0, row, c, m, d, n, HIDDEN, QUANTIZED, REST)
         if WANTED == 2:
-            y = _modulated(normed, shift_1, scale_1, mod_stride_1, batch, columns, mask)
-            _put(y, made_1, scales_1, row, columns, mask, HIDDEN, QUANTIZED)
+            shift, scale = shift_1 + batch * mod_stride_1, scale_1 + batch * mod_stride_1
+            y, z = _modulated(v, shift, scale, c, m), _modulated(w, shift, scale, d, n)
+            _put_row(y, z, made_1, scales_1, row, c, m, d, n, HIDDEN, QUANTIZED, REST)
 
 
 def add_and_norm(
@@ -173,26 +206,38 @@ def joined_heads(image: Tensor, text: Tensor | None, weights: Tensor | None) -> 
 
 
 @triton.jit
-def _tanh(x):
-    return 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
+def _gelu(v, EXACT: tl.constexpr):
+    """By one instruction for tanh, which is right to 11 bits; exactly only where there is no such instruction."""
+    u = 0.7978845608028654 * (v + 0.044715 * v * v * v)
+    if EXACT:
+        tanh = 2.0 / (1.0 + tl.exp(-2.0 * u)) - 1.0
+    else:
+        tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [u], tl.float32, is_pure=True, pack=1)
+    return 0.5 * v * (1.0 + tanh)
 
 
-@triton.jit
-def _quantize_kernel(x, stride, values, scales, WIDTH: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["tokens"])
+def _quantize_kernel(
+    x, batch_stride, row_stride, values, scales, tokens,
+    WIDTH: tl.constexpr, GELU: tl.constexpr, EXACT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < WIDTH
-    v = tl.load(x + row * stride + columns, mask=mask, other=0.0).to(tl.float32)
+    at = x + row // tokens * batch_stride + row % tokens * row_stride
+    c, d = tl.arange(0, MAIN), MAIN + tl.arange(0, REST if REST else 1)
+    m, n = c < WIDTH, d < WIDTH
+    v, w = _load(at, c, m), _load(at, d, n)
     if GELU:
-        v = 0.5 * v * (1.0 + _tanh(0.7978845608028654 * (v + 0.044715 * v * v * v)))
-    _put(v, values, scales, row, columns, mask, WIDTH, True)
+        v, w = _gelu(v, EXACT), _gelu(w, EXACT)
+    _put_row(v, w, values, scales, row, c, m, d, n, WIDTH, True, REST)
 
 
 def quantized(x: Tensor, gelu: bool) -> Rows:
     """See elementwise."""
-    rows, width = x.shape
-    made = _empty_rows(x, rows, width, True)
-    _quantize_kernel[(rows,)](x, x.stride(0), *made, width, gelu, **_shape(width))
+    batch, tokens, width = x.shape
+    made = _empty_rows(x, batch * tokens, width, True)
+    _quantize_kernel[(batch * tokens,)](
+        x, x.stride(0), x.stride(1), *made, tokens, width, gelu, not x.is_cuda, **_shape(width)
+    )
     return made
 
 
@@ -204,6 +249,7 @@ def _empty_rows(like: Tensor, rows: int, width: int, fp8: bool) -> Rows:
 
 
 def _shape(width: int) -> dict[str, int]:
-    """The block that holds a row, and the warps that work on it."""
-    block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": 4 if block <= 2048 else 8}
+    """The tiles that hold a row, and the warps that work on it."""
+    main = triton.next_power_of_2(width + 1) // 2
+    rest = triton.next_power_of_2(width - main) if width > main else 0
+    return {"MAIN": main, "REST": rest, "num_warps": 4 if main <= 2048 else 8}

@@ -91,7 +91,7 @@ def test_rows_are_quantised(width: int) -> None:
         right = twin(function, x)
         assert isinstance(right, elementwise.Rows)
         assert rows.values.dtype is elementwise.FP8
-        assert apart(rows.whole.cpu(), right.whole) < 5e-3
+        assert apart(rows.whole.cpu(), right.whole) < 2e-2  # a value between two of fp8's falls to either
         assert torch.allclose(rows.scales.cpu(), right.scales, rtol=1e-5)
 
 
@@ -100,7 +100,7 @@ def test_gelu_in_the_products_epilogue_is_the_tanh_form() -> None:
     x = random(1024, 1536, dtype=torch.bfloat16)
     exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
     tanh = torch.nn.functional.gelu(exact, approximate="tanh")
-    assert apart(gelu_product(layer, x), tanh) < 5e-3
+    assert apart(gelu_product(layer, x, x.new_empty(1024, 6144)), tanh) < 5e-3
 
 
 @pytest.mark.parametrize("tokens", [141 + 1024, 333 + 4096])
@@ -123,7 +123,7 @@ SMALL = MMDiTConfig(
     depth=4, hidden=384, heads=6, context_dim=256, pooled_dim=192, pos_embed_grid=96, dual_blocks=(0, 1)
 )
 CHOICES = [
-    Choice(attention, apart_, beside) for attention in ("cudnn", "fa3") for apart_ in (False, True)
+    Choice(attention, apart_, apart_, beside) for attention in ("cudnn", "fa3") for apart_ in (False, True)
     for beside in (False, True)
 ]  # fmt: skip
 

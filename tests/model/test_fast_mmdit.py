@@ -17,7 +17,7 @@ RUN = tuple(1 - n / 20 for n in range(20))
 PLAIN = MMDiTConfig(depth=3, hidden=128, heads=2, context_dim=96, pooled_dim=48, pos_embed_grid=16)
 DUAL = MMDiTConfig(depth=3, hidden=128, heads=2, context_dim=96, pooled_dim=48, pos_embed_grid=16, dual_blocks=(0, 1))
 UNNORMED = MMDiTConfig(depth=2, hidden=128, heads=2, context_dim=96, pooled_dim=48, pos_embed_grid=16, qk_norm=False)
-CHOICES = (Choice(), Choice(apart=True), Choice(beside=True))
+CHOICES = (Choice(), Choice(apart=True), Choice(mlp_apart=True), Choice(beside=True))
 
 
 def random_mmdit(config: MMDiTConfig) -> MMDiT:
