@@ -1,4 +1,7 @@
-"""diffusers' nets with our tensors: shared, but for the swapped halves of the last modulations."""
+"""diffusers' nets with our tensors: shared, but for the swapped halves of the last modulations.
+
+And but for weights of convolutions that our fast decoder keeps with the channels last, which would slow theirs down.
+"""
 
 from __future__ import annotations
 
@@ -34,5 +37,5 @@ def _scattered(net: nn.Module, rules: Sequence[Rule]) -> dict[str, Tensor]:
     state = net.state_dict()
     found: dict[str, Tensor] = {}
     for rule in rules:
-        found |= rule.scatter(state[rule.name])
+        found |= {name: tensor.contiguous() for name, tensor in rule.scatter(state[rule.name]).items()}
     return found

@@ -129,7 +129,7 @@ def main() -> int:
     if unknown := [name for name in names if name not in known]:
         parser.error(f"no such row: {', '.join(unknown)}; there are {', '.join(known)}")
     rows = [known[name] for name in names]
-    if said := missing([package for row in rows for package in row.needs]):
+    if not chosen.small and (said := missing([package for row in rows for package in row.needs])):
         parser.error(said)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     about, moment = setting(device, chosen.small), f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"

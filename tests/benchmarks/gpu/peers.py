@@ -25,6 +25,8 @@ class Kind:
     compiled: bool
     backend: str = "inductor"
     fp8: bool = False  # every linear layer of the MMDiT by torchao, a scale for each row of weights and inputs
+    fa3: bool = False  # attention by FlashAttention 3
+    whole: str | None = None  # the MMDiT compiled as one graph, in this mode, instead of block by block
 
     def transformer(self, net: MMDiT) -> SD3Transformer2DModel:
         """Their MMDiT with our weights."""
@@ -33,7 +35,11 @@ class Kind:
             from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
             quantize_(found, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-        for block in found.transformer_blocks if self.compiled else ():
+        if self.fa3:
+            found.set_attn_processor(FlashProcessor())
+        if self.whole:
+            found.compile(fullgraph=True, mode=self.whole)
+        for block in found.transformer_blocks if self.compiled and not self.whole else ():
             block.compile(backend=self.backend)
         return found
 
@@ -61,6 +67,35 @@ class Kind:
         )
         found.set_progress_bar_config(disable=True)
         return found
+
+
+class FlashProcessor:
+    """Their joint attention by FlashAttention 3; `set_attention_backend` changes nothing for SD3's processor."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any) -> Any:
+        """As JointAttnProcessor2_0."""
+        from fa3_fwd_interface import flash_attn_func
+
+        streams = [(hidden_states, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)]
+        if encoder_hidden_states is not None:
+            text = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k
+            streams.append((encoder_hidden_states, *text))
+        made = [
+            (norm_q(_heads(to_q(x), attn.heads)), norm_k(_heads(to_k(x), attn.heads)), _heads(to_v(x), attn.heads))
+            for x, to_q, to_k, to_v, norm_q, norm_k in streams
+        ]
+        q, k, v = (torch.cat(parts, dim=1) for parts in zip(*made, strict=True))
+        attended = flash_attn_func(q, k, v).flatten(2)
+        image, rest = attended.split([hidden_states.shape[1], attended.shape[1] - hidden_states.shape[1]], dim=1)
+        image = attn.to_out[1](attn.to_out[0](image))
+        if encoder_hidden_states is None:
+            return image
+        return image, rest if attn.context_pre_only else attn.to_add_out(rest)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """shape = (batch, tokens, hidden) -> (batch, tokens, heads, head_dim)."""
+    return x.unflatten(-1, (heads, -1))
 
 
 def step(net: SD3Transformer2DModel, work: Denoise) -> Callable[[], Tensor]:

@@ -78,7 +78,7 @@ class Row:
 
     name: str
     measure: Callable[[Bench, str], Iterator[Finding]]
-    needs: tuple[str, ...] = ()  # packages beyond those of all rows
+    needs: tuple[str, ...] = ()  # packages beyond those of all rows, at full size
 
 
 def step(
@@ -110,7 +110,7 @@ def low_step(bench: Bench, name: str, variant: str, side: int, goals: Sequence[G
     ours = Pipeline(mmdit, whole.vae, whole.text, t5_length=size.t5_length)
     work = _work(size, bench.device, guided=True)
     calls: dict[str, Callable[[], Tensor]] = {"ours": partial(_stepped, ours, work)}
-    kind = replace(bench.peer("compiled"), fp8=bench.device.type == "cuda")
+    kind = replace(bench.peer("compiled"), fp8=not bench.small)
     calls["torchao"] = peers.step(kind.transformer(whole.mmdit), work)
     calls["ours in bf16"] = partial(_stepped, whole, work)
     found = bench.timed(calls, steps=STEPS_IN_A_ROW)
@@ -119,6 +119,34 @@ def low_step(bench: Bench, name: str, variant: str, side: int, goals: Sequence[G
     flop = 2 * (flops.linear(size.mmdit, image, text) + flops.attention(size.mmdit, image, text))
     notes = [f"{flop / 1e12:.3g} TFLOP", "torchao: every linear layer in fp8 by rows, each block compiled"]
     yield Finding(name, f"{variant} {side}x{side}, guided step in fp8", "ms", found, goals, None, notes, apart)
+
+
+OTHERS: Mapping[str, Mapping[str, Any]] = {
+    "blocks compiled, FA3": {"fa3": True},
+    "whole compiled": {"whole": "default"},
+    "whole compiled, max-autotune": {"whole": "max-autotune-no-cudagraphs"},
+}
+"""Other ways to speed diffusers up, printed for comparison."""
+
+
+def others(bench: Bench, name: str, variant: str, side: int) -> Iterator[Finding]:
+    """One guided step beside other ways to run diffusers, each as a row of its own."""
+    size = bench.size(variant, side)
+    ours = random_pipeline(size, bench.device, encoders=False)
+    work = _work(size, bench.device, guided=True)
+    for way, given in OTHERS.items():
+        kind = replace(bench.peer("compiled"), **({} if bench.small else given))
+        calls = {"ours": partial(_stepped, ours, work), way: peers.step(kind.transformer(ours.mmdit), work)}
+        found = bench.timed(calls, steps=STEPS_IN_A_ROW)
+        apart = {way: _apart(calls["ours"](), calls[way]())}
+        yield Finding(
+            f"{name}-{way.replace(', ', '-').replace(' ', '-').lower()}",
+            f"{variant} {side}x{side}, guided step",
+            "ms",
+            found,
+            apart=apart,
+        )
+        torch._dynamo.reset()
 
 
 def _work(size: Size, device: torch.device, guided: bool) -> Denoise:
@@ -326,6 +354,7 @@ ROWS = (
     Row("text", partial(encoding, goals=[Goal(0.30, E)])),
     Row("resident", resident),
     Row("start", starting, ("pydantic", "pydantic_settings", "structlog")),
+    Row("others-1024", partial(others, variant="large", side=1024), ("fa3_fwd_interface",)),
     Row("errors-large", partial(errors, variant="large")),
     Row("errors-medium", partial(errors, variant="medium")),
 )
