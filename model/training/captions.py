@@ -107,10 +107,31 @@ class _Detail:
 _FULL = _Detail()
 _LEAN = (_Detail(colours=0.0), _Detail(background=0.0), _Detail(0.0, 0.0), _Detail(0.0, 0.0, places=False))
 _LEAN_SHARE = 0.1
+FRAGMENT_SHARE = 0.04
+"""Of captions that are a few words about one part of the scene, as people write negative prompts."""
 
 
 def caption(scene: Scene, rng: Random) -> str:
-    """A true sentence about the scene; it may leave out the style, the background, a place, a size or a colour."""
+    """A true sentence about the scene, or a few words about a part of it."""
+    return fragment(scene, rng) if rng.random() < FRAGMENT_SHARE else sentence(scene, rng)
+
+
+def fragment(scene: Scene, rng: Random) -> str:
+    """Such as: red. Or: a red star; pixel art; night sky."""
+    thing, kind = rng.choice(scene.things), rng.randrange(6)
+    if kind < 2:
+        return rng.choice(colour_words(thing.colour))
+    if kind == 2:
+        return rng.choice(SHAPE_WORDS[thing.shape])
+    if kind == 3:
+        return _noun(thing, _FULL, rng, sized=False, article=rng.random() < 0.5)
+    if kind == 4:
+        return rng.choice(STYLE_WORDS[scene.style][0]).removesuffix(" of ").removesuffix(" picture")
+    return _background_first(scene.background, rng, article=False)
+
+
+def sentence(scene: Scene, rng: Random) -> str:
+    """It may leave out the style, the background, a place, a size or a colour."""
     detail = rng.choice(_LEAN) if rng.random() < _LEAN_SHARE else _FULL
     text, join = _things(scene, detail, rng), (", ", ": ", " with ")
     style = _style(scene, rng)
@@ -128,7 +149,7 @@ def caption(scene: Scene, rng: Random) -> str:
 
 def plain_caption(scene: Scene) -> str:
     """The same sentence for the same scene, always."""
-    return caption(scene, Random(repr(scene)))
+    return sentence(scene, Random(repr(scene)))
 
 
 def relation(first: Thing, second: Thing) -> str | None:

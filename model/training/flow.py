@@ -23,6 +23,7 @@ from model.training.loop import (
     learning_rate,
     read_record,
     save_shards,
+    what_came_before,
     write_record,
 )
 from model.training.muon import new_optimizers
@@ -238,6 +239,8 @@ class Run:
         if own:
             save_tokenizers(self.net, s.out)
         start = read_record(s.resume).get("start") if s.resume else s.start
+        earlier = s.resume or s.start
+        before = what_came_before(earlier) if earlier and (earlier / "training.json").is_file() else None
         write_record(
             s.out,
             {
@@ -247,7 +250,7 @@ class Run:
                 "seed": s.seed, "begin": s.begin, "end": s.end, "optimizer": s.optimizer, "peak": s.peak,
                 "reuse": s.reuse, "plan": [asdict(phase) for phase in s.plan], "device": device_name(self.device),
                 "gpus": team.size(),
-                "resumed": str(s.resume) if s.resume else None, "vae": str(s.vae),
+                "resumed": str(s.resume) if s.resume else None, "before": before, "vae": str(s.vae),
                 "log": self.log.rows[:: max(1, len(self.log.rows) // 60)],
             },
         )  # fmt: skip

@@ -199,7 +199,9 @@ def _short(value: Any) -> str:
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """training.json: what made the weights beside it."""
-    record = {"command": " ".join(["python -m model.training", *sys.argv[1:]]), "torch": torch.__version__, **record}
+    alone = team.size() == 1
+    start = "python -m model.training" if alone else f"torchrun --nproc-per-node {team.size()} -m model.training"
+    record = {"command": " ".join([start, *sys.argv[1:]]), "torch": torch.__version__, **record}
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -207,6 +209,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     """The training.json of a folder."""
     record: dict[str, Any] = json.loads((folder / "training.json").read_text())
     return record
+
+
+def what_came_before(folder: Path) -> dict[str, Any]:
+    """The record of an earlier leg, or of a bundle's flow, for the record of what goes on from it: without its log."""
+    record = read_record(folder)
+    return {name: value for name, value in record.get("flow", record).items() if name != "log"}
 
 
 def device_name(device: torch.device) -> str:

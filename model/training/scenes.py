@@ -14,7 +14,7 @@ from random import Random
 from model.training.composition import Ground, Place, compose
 from model.training.palette import COLOURS, DARK_COLOURS, LIGHT_COLOURS, PAPER, RGB, contrast, mix, tone
 
-DATA_VERSION = "2"
+DATA_VERSION = "2.1"
 """Of the pictures and the captions: raise it whenever either changes, since it is written beside trained weights."""
 
 # The order counts, as in palette.COLOURS.

@@ -13,7 +13,7 @@ from tokenizers.models import BPE, Unigram
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from model.training.captions import caption
+from model.training.captions import sentence
 from model.training.scenes import sample_scene
 
 CLIP_LENGTH = 77
@@ -43,7 +43,7 @@ def tokenizers_of(words: Counter[str]) -> Tokenizers:
 
 def caption_words(scenes: int = 4000) -> Counter[str]:
     """How often each word stands in captions, lower case, without marks."""
-    return count_words(caption(sample_scene(seed), Random(seed)) for seed in range(scenes))
+    return count_words(sentence(sample_scene(seed), Random(seed)) for seed in range(scenes))
 
 
 def count_words(captions: Iterable[str]) -> Counter[str]:

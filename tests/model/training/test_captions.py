@@ -7,15 +7,20 @@ from collections import defaultdict
 from collections.abc import Iterator
 from random import Random
 
+import pytest
+
 from model.training.captions import (
     AMONG_THE_STARS,
     COLOUR_WORDS,
+    FRAGMENT_SHARE,
     SHAPE_WORDS,
     SIZE_WORDS,
     STYLE_WORDS,
     caption,
+    fragment,
     plain_caption,
     relation,
+    sentence,
     where,
 )
 from model.training.palette import COLOURS
@@ -34,7 +39,7 @@ COLOUR_OF = {word: colour for colour in COLOURS for word in COLOUR_WORDS.get(col
 def examples(count: int = 600) -> Iterator[tuple[Scene, str]]:
     for seed in range(count):
         scene = sample_scene(seed)
-        yield scene, caption(scene, Random(seed)).lower()
+        yield scene, sentence(scene, Random(seed)).lower()
 
 
 def says(text: str, *words: str) -> bool:
@@ -49,6 +54,26 @@ def test_every_named_colour_is_in_the_scene() -> None:
             shown |= {"blue", "green"}
         named = {colour for word, colour in COLOUR_OF.items() if says(text, word)}
         assert named <= shown, text
+
+
+def test_some_captions_are_a_few_words_about_one_part_of_the_scene() -> None:
+    short = 0
+    for seed in range(3000):
+        scene = sample_scene(seed)
+        short += caption(scene, Random(seed)) != sentence(scene, _after_one(seed))
+        words = fragment(scene, Random(seed)).lower()
+        assert 1 <= len(words.split()) <= 12
+        shown = {thing.colour for thing in scene.things} | {scene.background.colour, scene.background.second}
+        named = {colour for word, colour in COLOUR_OF.items() if says(words, word)}
+        assert named <= shown | {"blue", "green"}, words
+        assert {shape for shape, its in SHAPE_WORDS.items() if says(words, *its)} <= {t.shape for t in scene.things}
+    assert short / 3000 == pytest.approx(FRAGMENT_SHARE, rel=0.3)
+
+
+def _after_one(seed: int) -> Random:
+    rng = Random(seed)
+    rng.random()
+    return rng
 
 
 def test_exactly_the_shapes_of_the_scene_are_named() -> None:
