@@ -78,6 +78,16 @@ class Pipeline:
         """What the MMDiT computes in."""
         return self.mmdit.context_embedder.weight.dtype
 
+    @property
+    def ahead(self) -> bool:
+        """Whether `run` may return before its work is done: then `settle` waits, and other work may be asked for."""
+        return self.device.type == "cuda"
+
+    def settle(self) -> None:
+        """Wait for the device, so that errors and times belong to the work that made them."""
+        if self.ahead:
+            torch.cuda.synchronize(self.device)
+
     @torch.inference_mode()
     def run(self, batch: Sequence[Work], max_rows: int | None = None) -> list[Any]:
         """The results of works of one key, in order; a work that alone went wrong has its exception as result.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import queue
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -13,11 +14,11 @@ import torch
 
 from model.params import InvalidParams
 from model.pipeline import Pipeline
-from model.work import Decode, Denoise, Encode, Latents, generate
+from model.work import Decode, Denoise, Encode, Latents, Work, generate
 from worker.budget import TOKENS, Budget
 from worker.contract.job import Failure
 from worker.failures import explain, is_out_of_memory
-from worker.forecast import Forecast
+from worker.forecast import Forecast, Kind
 from worker.logs import about
 from worker.metrics import WorkerMetrics
 from worker.scheduler import pick
@@ -32,6 +33,28 @@ log = structlog.get_logger()
 PREVIEW_S = 0.5
 PREDICT_S = 1.0
 """How often tasks that wait are looked at anew; those that run are after each step."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A batch as it was when it ran: its children go on to other work."""
+
+    children: tuple[Child, ...]
+    kind: Kind
+    work: Work  # of the first
+    each: tuple[int, ...]  # rows of each child
+    tokens: int
+
+    @classmethod
+    def of(cls, batch: Sequence[Child]) -> Ran:
+        """What is about to run."""
+        rows, tokens = tuple(child.rows for child in batch), sum(child.tokens for child in batch)
+        return cls(tuple(batch), batch[0].kind, batch[0].work, rows, tokens)
+
+    @property
+    def rows(self) -> int:
+        """Of all."""
+        return sum(self.each)
 
 
 class Engine:
@@ -61,6 +84,7 @@ class Engine:
         self._held: dict[Task, int] = {}  # tokens of a step, by task that is submitted and not over
         self._tasks: list[Task] = []
         self._waiting: list[Child] = []
+        self._next: list[Child] = []  # of those, what runs next unless something changes first
         self._current: Current | None = None
         self._stopping = False
         self._predicted_at = float("-inf")
@@ -113,20 +137,24 @@ class Engine:
         started, busy_before = self._clock(), self._busy_s
         while not self._inbox.empty():
             self._take(self._inbox.get())
+            self._next = []
         if started - self._predicted_at >= PREDICT_S:
             self._predicted_at = started
             self._predict(self._tasks)
+            self._next = []
         for task in list(self._tasks):
             self._drop_if_over(task)
-        batch = pick(self._waiting, self._clock(), lambda child: self.budget.room(child.kind))
+        batch = self._next or self._pick(self._clock())
         if batch:
+            self._next = []
             self._waiting = [child for child in self._waiting if child not in batch]
-            for child, result in zip(batch, self._run(batch), strict=True):
-                self._send(child, result)
-            ran = {child.task for child in batch if not child.task.outcome}
-            self._predict(ran)
-            self._show(ran)
+            self._run(batch)
+            self._show({child.task for child in batch if not child.task.outcome})
             self.metrics.overhead(self._clock() - started - (self._busy_s - busy_before))
+
+    def _pick(self, now: float) -> list[Child]:
+        """The most urgent batch of what waits."""
+        return pick(self._waiting, now, lambda child: self.budget.room(child.kind))
 
     def _take(self, message: Task | Withdraw | None) -> None:
         match message:
@@ -177,43 +205,58 @@ class Engine:
             message = f"the deadline cannot be met: {left:.1f} s are left, at least {needed:.1f} s are needed, {done}"
             self._end(task, "failed", Failure(code="deadline_exceeded", message=message))
 
-    def _run(self, batch: list[Child]) -> list[Any]:
-        """Results of a batch. One that fails is halved, so that a bad row harms no other and a large batch fits."""
-        results = self._attempt(batch)
-        if not isinstance(results, Exception):
-            return results
-        if isinstance(results, torch.OutOfMemoryError) and self._shrink(batch) and len(batch) == 1:
-            return self._run(batch)
-        if len(batch) == 1:
-            return [results]
-        middle = (len(batch) + 1) // 2
-        return [*self._run(batch[:middle]), *self._run(batch[middle:])]
+    def _run(self, batch: list[Child]) -> None:
+        """Run a batch and send its results. If it fails it is halved, so that a bad row harms no other and a large
+        batch fits.
+        """
+        problem = self._attempt(batch)
+        if problem is None:
+            return
+        if isinstance(problem, torch.OutOfMemoryError) and self._shrink(batch) and len(batch) == 1:
+            self._run(batch)
+        elif len(batch) == 1:
+            self._send_all(batch, [problem], self._clock())
+        else:
+            middle = (len(batch) + 1) // 2
+            self._run(batch[:middle])
+            self._run(batch[middle:])
 
-    def _attempt(self, batch: list[Child]) -> list[Any] | Exception:
-        """Results of a batch, or what went wrong with it."""
-        first, works = batch[0], [child.work for child in batch]
-        kind, pipeline = first.kind, self.pipelines[first.task.job.model]
-        rows, tokens = sum(work.rows for work in works), sum(work.tokens for work in works)
+    def _attempt(self, batch: list[Child]) -> Exception | None:
+        """Run a batch and send its results, or return what went wrong with it.
+
+        Where the GPU works on while `run` has returned, the results are sent and the next batch is picked meanwhile.
+        """
+        ran = Ran.of(batch)
+        kind, pipeline = ran.kind, self.pipelines[batch[0].task.job.model]
         ids = tuple(dict.fromkeys(child.task.job.id for child in batch))
         started = self._clock()
-        self._current = Current(started, self.forecast.allowance(kind, rows, tokens), kind.stage, ids)
+        self._current = Current(started, self.forecast.allowance(kind, ran.rows, ran.tokens), kind.stage, ids)
         misses = pipeline.lookups.misses
         try:
-            fits = None if first.work.deterministic else self.budget.fits(kind)
-            results = pipeline.run(works, fits) if fits and fits < rows else pipeline.run(works)
-            _settle(pipeline)
-        except Exception as error:
-            if is_out_of_memory(error):
-                return torch.OutOfMemoryError(str(error))
-            if isinstance(error, torch.AcceleratorError):
-                raise  # nothing runs on this GPU any more: the process ends, and others run its jobs
-            log.warning("a batch failed", stage=kind.stage, rows=rows, jobs=ids, exc_info=error)
-            return error.with_traceback(None)  # whose frames hold tensors
+            try:
+                fits = None if ran.work.deterministic else self.budget.fits(kind)
+                works = [child.work for child in batch]
+                results = pipeline.run(works, fits) if fits and fits < ran.rows else pipeline.run(works)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    return torch.OutOfMemoryError(str(error))
+                if isinstance(error, torch.AcceleratorError):
+                    raise  # nothing runs on this GPU any more: the process ends, and others run its jobs
+                log.warning("a batch failed", stage=kind.stage, rows=ran.rows, jobs=ids, exc_info=error)
+                return error.with_traceback(None)  # whose frames hold tensors
+            ahead = pipeline.ahead and not isinstance(ran.work, Decode)
+            if ahead:
+                end = started + self.forecast.expected(kind, ran.rows, ran.tokens)
+                self._send_all(batch, results, end)
+                self._next = self._pick(end)
+            pipeline.settle()
         finally:
             self._current = None
             self._busy_s += self._clock() - started
-        self._account(batch, self._clock() - started, misses)
-        return results
+        self._account(ran, self._clock() - started, pipeline.lookups.misses == misses)
+        if not ahead:
+            self._send_all(batch, results, self._clock())
+        return None
 
     def _shrink(self, batch: list[Child]) -> bool:
         """Remember that a batch did not fit; true if it could run in smaller passes even so."""
@@ -226,26 +269,31 @@ class Engine:
         log.warning("out of memory", stage=first.work.stage, rows=at_once, shape=first.work.shape)
         return isinstance(first.work, Encode | Denoise) and not first.work.deterministic and at_once > 1
 
-    def _account(self, batch: list[Child], seconds: float, misses_before: int) -> None:
-        """Note what a batch took."""
-        first, pipeline = batch[0], self.pipelines[batch[0].task.job.model]
-        rows, tokens = sum(child.rows for child in batch), sum(child.tokens for child in batch)
-        for task in {child.task for child in batch}:
-            task.seconds[first.work.stage] = task.seconds.get(first.work.stage, 0.0) + seconds
+    def _account(self, ran: Ran, seconds: float, all_cached: bool) -> None:
+        """Note what a batch took. all_cached: no text had to be encoded."""
+        kind, job = ran.kind, ran.children[0].task.job
+        for task in {child.task for child in ran.children}:
+            task.seconds[kind.stage] = task.seconds.get(kind.stage, 0.0) + seconds
             if task.timeline:
-                pictures = sum(child.task is task for child in batch)
-                task.timeline.ran(first.work.stage, seconds, rows=rows, pictures=pictures)
-        for child in batch:
-            child.task.gpu_s += seconds * child.rows / rows
-        megapixels = math.prod(first.kind.shape) * 64 / 1e6  # 8 x 8 pixels a latent
-        self.speed.note(first.kind.model, rows * megapixels if isinstance(first.work, Denoise) else 0.0, seconds)
-        self.metrics.batch(first.task.job, first.work.stage, rows=rows, tokens=tokens, seconds=seconds)
-        self.budget.ran(first.kind, rows)
-        if isinstance(first.work, Encode) and pipeline.lookups.misses == misses_before:
-            return  # all from the cache: no measure of the encoders
-        self.forecast.observe(first.kind, rows, tokens, seconds)
+                pictures = sum(child.task is task for child in ran.children)
+                task.timeline.ran(kind.stage, seconds, rows=ran.rows, pictures=pictures)
+        for child, rows in zip(ran.children, ran.each, strict=True):
+            child.task.gpu_s += seconds * rows / ran.rows
+        megapixels = math.prod(kind.shape) * 64 / 1e6  # 8 x 8 pixels a latent
+        self.speed.note(kind.model, ran.rows * megapixels if isinstance(ran.work, Denoise) else 0.0, seconds)
+        self.metrics.batch(job, kind.stage, rows=ran.rows, tokens=ran.tokens, seconds=seconds)
+        self.budget.ran(kind, ran.rows)
+        if isinstance(ran.work, Encode) and all_cached:
+            return  # no measure of the encoders
+        self.forecast.observe(kind, ran.rows, ran.tokens, seconds)
 
-    def _send(self, child: Child, result: Any) -> None:
+    def _send_all(self, batch: list[Child], results: Sequence[Any], now: float) -> None:
+        """Give each child its result, and look at what is left of their tasks. now: when their next work comes up."""
+        for child, result in zip(batch, results, strict=True):
+            self._send(child, result, now)
+        self._predict({child.task for child in batch if not child.task.outcome})
+
+    def _send(self, child: Child, result: Any, now: float) -> None:
         """Give a child its result; it asks for more, is finished, or takes its task down with it."""
         task = child.task
         if task.outcome:
@@ -255,7 +303,7 @@ class Engine:
             task.steps_done += 1
         try:
             child.work = child.generator.throw(result) if failed else child.generator.send(result)
-            child.since = self._clock()
+            child.since = now
             self._waiting.append(child)
         except StopIteration as end:
             child.rendering = end.value
@@ -295,12 +343,7 @@ class Engine:
     def _drop(self, task: Task) -> None:
         """Forget a task, and free what it holds."""
         self._waiting = [child for child in self._waiting if child.task is not task]
+        self._next = []
         self._tasks.remove(task)
         self._held.pop(task, None)
         task.let_go()
-
-
-def _settle(pipeline: Pipeline) -> None:
-    """Wait for the GPU, so that errors and times belong to the batch that made them."""
-    if pipeline.device.type == "cuda":
-        torch.cuda.synchronize(pipeline.device)

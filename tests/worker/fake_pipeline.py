@@ -30,13 +30,17 @@ class Clock:
 
 
 class FakePipeline:
-    """Records each batch; `fault` may raise for one; a batch takes `seconds[stage]` of its clock."""
+    """Records each batch; `fault` may raise for one; a batch takes `seconds[stage]` of its clock.
+
+    ahead : whether that time passes in `settle`, as a GPU's does, instead of in `run`
+    """
 
     shift = 3.0
     t5_length = 256
     device = torch.device("cpu")
 
-    def __init__(self, fault: Callable[[Sequence[Work]], None] = lambda batch: None) -> None:
+    def __init__(self, fault: Callable[[Sequence[Work]], None] = lambda batch: None, *, ahead: bool = True) -> None:
+        self.ahead, self._running_s = ahead, 0.0
         self.batches: list[list[Work]] = []
         self.max_rows: list[int | None] = []
         self.lookups = Lookups()
@@ -50,9 +54,14 @@ class FakePipeline:
     def run(self, batch: Sequence[Work], max_rows: int | None = None) -> list[Any]:
         self.batches.append(list(batch))
         self.max_rows.append(max_rows)
-        self.clock.seconds += self.seconds.get(batch[0].stage, 0.0)
+        self._running_s += self.seconds.get(batch[0].stage, 0.0)
+        if not self.ahead:
+            self.settle()
         self.fault(batch)
         return [self._one(work) for work in batch]
+
+    def settle(self) -> None:
+        self.clock.seconds, self._running_s = self.clock.seconds + self._running_s, 0.0
 
     def preview(self, latents: Latents) -> Tensor:
         self.previewed.append(latents)

@@ -311,3 +311,62 @@ def test_explain_names_the_kind_of_failure_and_leaks_nothing(error: Exception, c
     failure = explain(make_job(), error)
     assert failure.code == code
     assert "secret" not in failure.message
+
+
+def test_the_next_batch_is_picked_while_one_runs() -> None:
+    class Watched(FakePipeline):
+        picked = 0
+
+        def settle(self) -> None:
+            self.picked += bool(bench.engine._next)
+            super().settle()
+
+    pipeline = Watched(ahead=True)
+    bench = Bench(pipeline)
+    task = bench.submit(steps=4)
+    bench.drain()
+    assert task.outcome == "succeeded"
+    # All but decoding, whose result is a picture that is waited for.
+    assert pipeline.picked == len(pipeline.batches) - 1
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["waiting", "ahead"])
+def test_what_comes_while_a_batch_runs_is_looked_at_before_the_next(ahead: bool) -> None:
+    class Busy(FakePipeline):
+        def settle(self) -> None:
+            if self._running_s and isinstance(self.batches[-1][0], Denoise) and len(came) == 0:
+                came.append(bench.submit(steps=1, priority="high", width=128))
+            super().settle()
+
+    came: list[Task] = []
+    bench = Bench(Busy(ahead=ahead))
+    bench.submit(steps=6)
+    bench.drain()
+    first = next(n for n, batch in enumerate(bench.pipeline.batches) if isinstance(batch[0], Denoise))
+    assert isinstance(bench.pipeline.batches[first + 1][0], Encode)
+    assert came[0].outcome == "succeeded"
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["waiting", "ahead"])
+def test_a_task_that_is_canceled_while_its_step_runs_takes_no_other(ahead: bool) -> None:
+    class Busy(FakePipeline):
+        def settle(self) -> None:
+            if self._running_s and isinstance(self.batches[-1][0], Denoise):
+                task.cancel()
+            super().settle()
+
+    bench = Bench(Busy(ahead=ahead))
+    task = bench.submit(steps=6)
+    bench.drain()
+    assert task.outcome == "canceled"
+    assert bench.pipeline.sizes(Denoise) == [1]
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["waiting", "ahead"])
+def test_time_is_noted_for_what_ran_not_for_what_comes_next(ahead: bool) -> None:
+    bench = Bench(FakePipeline(ahead=ahead))
+    bench.pipeline.seconds = {"text_encode": 1.0, "noise": 2.0, "denoise": 4.0, "vae_decode": 8.0}
+    task = bench.submit(steps=3)
+    bench.drain()
+    assert task.seconds == {"text_encode": 1.0, "noise": 2.0, "denoise": 12.0, "vae_decode": 8.0}
+    assert task.gpu_s == 23.0
