@@ -30,7 +30,7 @@ COPY app app
 # All that the gateway sees of the worker and of the model
 COPY worker/__init__.py worker/
 COPY worker/contract worker/contract
-COPY model/__init__.py model/params.py model/
+COPY model/__init__.py model/config.py model/memory.py model/params.py model/
 RUN pip install --no-cache-dir --no-deps --prefix /code .
 
 FROM gateway-packages AS gateway-venv
@@ -113,8 +113,15 @@ CMD ["worker"]
 FROM worker-runtime AS worker-cpu
 ENV DARKROOM_DEVICE=cpu
 
+# Attention for Hopper GPUs, 105 MB; others do without.
+FROM build AS hopper
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
+RUN pip install --no-cache-dir --no-deps --target /hopper -c constraints.txt fa3-fwd
+
 # PyTorch's usual build carries CUDA with it; the host brings the driver and NVIDIA's container toolkit.
 FROM worker-runtime AS worker
+COPY --from=hopper /hopper /opt/darkroom/lib/python3.11/site-packages
 ENV DARKROOM_DEVICE=cuda \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
