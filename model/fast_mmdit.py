@@ -342,7 +342,7 @@ class Conditions:
     limit : bytes of modulations to keep at most; those of one call are kept in any case
     """
 
-    def __init__(self, fast: FastMMDiT, limit: int = 2**30) -> None:
+    def __init__(self, fast: FastMMDiT, limit: int = 2**29) -> None:
         self.fast, self.limit = fast, limit
         self._modulations: OrderedDict[tuple[int, float], tuple[Text, Tensor]] = OrderedDict()
         self._contexts: OrderedDict[int, tuple[Text, Tensor]] = OrderedDict()

@@ -6,8 +6,10 @@ and in the same memory, bit for bit the same result; only the inputs are copied 
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from functools import cache
 from typing import Any, Protocol
 
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor
 
 Function = Callable[..., Tensor]
+
+log = logging.getLogger(__name__)
 
 IDLE_RUNS = 1000
 """A graph that was not among so many runs of any key gives its place to another key."""
@@ -46,6 +50,7 @@ class Graphs:
         self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()  # the one used last comes last
         self._used: dict[Hashable, int] = {}  # in which run each key came last; of so many keys as fit below
         self._runs = 0
+        self._refused: set[Hashable] = set()
 
     def __len__(self) -> int:
         return len(self._recordings)
@@ -62,11 +67,11 @@ class Graphs:
         known = key in self._used
         self._used[key] = self._runs
         recording = self._recordings.get(key)
+        if recording is None and known and self._has_place():
+            recording = self._recorded(key, function, *inputs)
         if recording is None:
-            if not known or not self._has_place():
-                self._forget()
-                return function(*inputs)
-            recording = self._recordings[key] = self._record(function, *inputs)
+            self._forget()
+            return function(*inputs)
         self._recordings.move_to_end(key)
         return recording(*inputs).clone()
 
@@ -74,7 +79,19 @@ class Graphs:
         """Record at once, so that the first run of the key is fast too."""
         self._used[key] = self._runs
         if key not in self._recordings and self._has_place():
-            self._recordings[key] = self._record(function, *inputs)
+            self._recorded(key, function, *inputs)
+
+    def _recorded(self, key: Hashable, function: Function, *inputs: Tensor) -> Recording | None:
+        """A new recording. None where that fails, mostly for want of memory: the key is then run plainly."""
+        if key in self._refused:
+            return None
+        try:
+            recording = self._recordings[key] = self._record(function, *inputs)
+        except Exception as problem:  # what is wrong with the function itself, a plain run will show
+            log.warning("not recorded as a CUDA graph: %s: %s", type(problem).__name__, str(problem)[:300])
+            self._refused.add(key)
+            return None
+        return recording
 
     def _has_place(self) -> bool:
         """Makes place for one more if it can."""
@@ -92,6 +109,7 @@ class Graphs:
             old = [key for key, run in self._used.items() if key not in self._recordings]
             for key in sorted(old, key=self._used.__getitem__)[: len(old) // 2]:
                 del self._used[key]
+            self._refused.clear()
 
 
 class CudaRecorder:
@@ -139,8 +157,11 @@ class _CudaGraph:
             self.graph.capture_begin(pool=recorder.pool, capture_error_mode="thread_local")
             try:
                 self.output = function(*self.inputs)
-            finally:
-                self.graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # that the capture failed; what matters is why
+                    self.graph.capture_end()
+                raise
+            self.graph.capture_end()
         torch.cuda.current_stream(recorder.device).wait_stream(stream)
 
     def __call__(self, *inputs: Tensor) -> Tensor:

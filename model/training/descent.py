@@ -49,13 +49,10 @@ class Descent:
             loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
 
-        if self.graphs is not None:
-            try:
-                return self.graphs.run(key, work, *inputs)
-            except Exception as problem:  # a graph that cannot be recorded; without it the run is only slower
-                self.leg.log.say(f"going on without CUDA graphs: {type(problem).__name__}: {str(problem)[:300]}")
-                self.graphs = None
-        return self.attempt(lambda: work(*inputs))
+        if self.graphs is None:
+            return self.attempt(lambda: work(*inputs))
+        graphs = self.graphs
+        return self.attempt(lambda: graphs.run(key, work, *inputs))
 
     def forget_gradients(self) -> None:
         """Zeros, in place: a graph writes to the same tensors always."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -81,3 +82,27 @@ def test_keys_that_never_come_again_are_forgotten() -> None:
     for key in range(1000):
         graphs.run(key, double, torch.tensor(1))
     assert len(graphs._used) <= 16
+
+
+def test_what_cannot_be_recorded_runs_plainly_and_is_not_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    tries = []
+
+    def refuse(function: Function, *inputs: Tensor) -> Recording:
+        tries.append(inputs)
+        raise torch.OutOfMemoryError("none left")
+
+    graphs = Graphs(refuse)
+    for _ in range(4):
+        assert graphs.run("a", double, torch.tensor(2)).item() == 4
+    assert len(tries) == 1
+    assert "OutOfMemoryError: none left" in caplog.text
+
+
+def test_a_function_that_fails_says_so_itself() -> None:
+    def broken(x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("too large")
+
+    graphs = Graphs(lambda function, *inputs: function(*inputs))
+    for _ in range(3):
+        with pytest.raises(torch.OutOfMemoryError, match="too large"):
+            graphs.run("a", broken, torch.tensor(2))
