@@ -183,18 +183,18 @@ class _Run:
         def text_stream() -> tuple[Tensor, tuple[Tensor | Rows, ...]]:
             if block.last:  # nobody reads the text after it
                 return context, ()
-            value = self.projected(theirs.attn.proj, attended[:, self.image :])
-            return self.finish(theirs, context, [Branch(self.at(places.text[2]), value)], places.text, next_text, False)
+            branch = self.projected(theirs.attn.proj, attended[:, self.image :], places.text[2])
+            return self.finish(theirs, context, [branch], places.text, next_text, False)
 
         # Nothing that one stream made is freed before the streams have met again: no record_stream is needed.
         text_side = self.beside()
         if text_side:
             with torch.cuda.stream(text_side):
                 context, text_made = text_stream()
-        branches = [Branch(self.at(places.image[2]), self.projected(ours.attn.proj, attended[:, : self.image]))]
+        branches = [self.projected(ours.attn.proj, attended[:, : self.image], places.image[2])]
         if block.dual:
             # The second attention sees the same normed input as the first, not its result.
-            branches.append(Branch(self.at(places.image[8]), self.attend_alone(n, made[1])))
+            branches.append(self.projected(ours.attn2.proj, self.attend_alone(n, made[1]), places.image[8]))
         x, made = self.finish(ours, x, branches, places.image, next_image, next_fp8)
         if text_side:
             torch.cuda.current_stream().wait_stream(text_side)
@@ -229,25 +229,28 @@ class _Run:
         return attend(self.choice.attention, q[:, : self.image] if block.last else q, k, v)
 
     def attend_alone(self, n: int, image: Tensor | Rows) -> Tensor:
-        """The second attention of block n, over the image's tokens alone, projected."""
+        """The second attention of block n, over the image's tokens alone; shape = (batch, tokens, hidden)."""
         attn = self.fast.blocks[n].x_block.attn2
         qkv = self.product(attn.qkv, image)
         shaped = qkv.view(self.batch, self.image, 3, attn.heads, self.fast.config.hidden // attn.heads)
         q, k, v = norm_heads(shaped, self.fast.norms2[n], self.image).unbind(2)
-        return self.projected(attn.proj, attend(self.choice.attention, q, k, v))
+        return attend(self.choice.attention, q, k, v)
 
-    def projected(self, layer: nn.Module, attended: Tensor) -> Tensor:
-        """shape = (batch, tokens, hidden), in and out."""
+    def projected(self, layer: nn.Module, attended: Tensor, gate: slice) -> Branch:
+        """What attention gives to a stream. attended : shape = (batch, tokens, hidden), a part of the joint tokens."""
         batch, tokens, hidden = attended.shape
-        out = self.modulation.new_empty((batch, tokens, hidden))
+        out, bias = self.modulation.new_empty((batch, tokens, hidden)), None
         if isinstance(layer, Fp8Linear):
             product(layer, quantized(attended), out.flatten(0, 1))
+        elif batch == 1 or attended.is_contiguous():
+            product(layer, attended.reshape(batch * tokens, hidden), out.flatten(0, 1))
         elif self.choice.apart:
             for b in range(batch):
                 product(layer, attended[b], out[b])
-        else:
-            product(layer, attended.reshape(batch * tokens, hidden), out.flatten(0, 1))
-        return out
+        else:  # one product for all, without the bias: with it the parts would have to be copied together
+            weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
+            torch.bmm(attended, weight.t().expand(batch, -1, -1), out=out)
+        return Branch(self.at(gate), out, bias)
 
     def product(self, layer: nn.Module, x: Tensor | Rows) -> Tensor:
         """shape = (rows, in) -> (rows, out)."""

@@ -34,10 +34,11 @@ class Rows(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """What comes back to the residual stream: gate * value."""
+    """What comes back to the residual stream: gate * (value + bias)."""
 
     gate: Tensor  # shape = (batch, hidden), rows may lie apart
     value: Tensor  # shape = (batch, tokens, hidden), rows may lie apart
+    bias: Tensor | None = None  # shape = (hidden,), of the product that made the value, if it left it out
 
 
 class Modulated(NamedTuple):
@@ -63,8 +64,8 @@ def add_and_norm(
         from model.kernels import triton_kernels
 
         return triton_kernels.add_and_norm(x, branches, wanted, fp8)
-    for gate, value in branches:
-        x = x + gate[:, None] * value
+    for gate, value, bias in branches:
+        x = x + gate[:, None] * (value if bias is None else value + bias)
     normed = norm(x) if wanted else x
     made = [modulate(normed, shift, scale).flatten(0, 1) for shift, scale in wanted]
     return x, tuple(quantized(y) if fp8 else y for y in made)

@@ -28,8 +28,11 @@ def _load(at, columns, mask):
 
 
 @triton.jit
-def _added(v, gate, value, columns, mask):
-    return v + _load(gate, columns, mask) * _load(value, columns, mask)
+def _added(v, gate, value, bias, columns, mask, BIASED: tl.constexpr):
+    p = _load(value, columns, mask)
+    if BIASED:
+        p += _load(bias, columns, mask)
+    return v + _load(gate, columns, mask) * p
 
 
 @triton.jit
@@ -71,13 +74,13 @@ def _put_row(
 @triton.jit(do_not_specialize=["tokens"])
 def _add_and_norm_kernel(
     x, out,
-    gate_0, gate_stride_0, value_0, batch_stride_0, row_stride_0,
-    gate_1, gate_stride_1, value_1, batch_stride_1, row_stride_1,
+    gate_0, gate_stride_0, value_0, batch_stride_0, row_stride_0, bias_0,
+    gate_1, gate_stride_1, value_1, batch_stride_1, row_stride_1, bias_1,
     shift_0, scale_0, mod_stride_0, made_0, scales_0,
     shift_1, scale_1, mod_stride_1, made_1, scales_1,
     tokens,
     HIDDEN: tl.constexpr, EPS: tl.constexpr, BRANCHES: tl.constexpr, WANTED: tl.constexpr,
-    QUANTIZED: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    BIASED_0: tl.constexpr, BIASED_1: tl.constexpr, QUANTIZED: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
@@ -87,12 +90,12 @@ def _add_and_norm_kernel(
     w = _load(x + row * HIDDEN, d, n)
     if BRANCHES >= 1:
         gate, value = gate_0 + batch * gate_stride_0, value_0 + batch * batch_stride_0 + token * row_stride_0
-        v = _added(v, gate, value, c, m)
-        w = _added(w, gate, value, d, n)
+        v = _added(v, gate, value, bias_0, c, m, BIASED_0)
+        w = _added(w, gate, value, bias_0, d, n, BIASED_0)
     if BRANCHES == 2:
         gate, value = gate_1 + batch * gate_stride_1, value_1 + batch * batch_stride_1 + token * row_stride_1
-        v = _added(v, gate, value, c, m)
-        w = _added(w, gate, value, d, n)
+        v = _added(v, gate, value, bias_1, c, m, BIASED_1)
+        w = _added(w, gate, value, bias_1, d, n, BIASED_1)
     if BRANCHES:
         tl.store(out + row * HIDDEN + c, v.to(out.dtype.element_ty), mask=m)
         tl.store(out + row * HIDDEN + d, w.to(out.dtype.element_ty), mask=n)
@@ -120,10 +123,10 @@ def add_and_norm(
     arguments: list[Any] = [x, out]
     for n in range(2):
         if n < len(branches):
-            gate, value = branches[n]
-            arguments += [gate, gate.stride(0), value, value.stride(0), value.stride(1)]
+            gate, value, bias = branches[n]
+            arguments += [gate, gate.stride(0), value, value.stride(0), value.stride(1), x if bias is None else bias]
         else:
-            arguments += [x, 0, x, 0, 0]
+            arguments += [x, 0, x, 0, 0, x]
     for n in range(2):
         if n < len(wanted):
             shift, scale = wanted[n]
@@ -131,8 +134,9 @@ def add_and_norm(
             arguments += [shift, scale, scale.stride(0), *made[n]]
         else:
             arguments += [x, x, 0, x, x]
+    biased = [n < len(branches) and branches[n].bias is not None for n in range(2)]
     _add_and_norm_kernel[(batch * tokens,)](
-        *arguments, tokens, hidden, NORM_EPS, len(branches), len(wanted), fp8, **_shape(hidden)
+        *arguments, tokens, hidden, NORM_EPS, len(branches), len(wanted), *biased, fp8, **_shape(hidden)
     )
     return out, tuple(rows if fp8 else rows.values for rows in made)
 

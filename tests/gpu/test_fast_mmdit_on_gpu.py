@@ -59,7 +59,10 @@ def test_add_and_norm(dtype: torch.dtype, hidden: int, branches: int, wanted: in
     table = random(batch, 6 * hidden, dtype=dtype)
     parts = table.split(hidden, dim=1)
     joint = random(batch, tokens + others, hidden, dtype=dtype)
-    added = [elementwise.Branch(parts[0], joint[:, :tokens]), elementwise.Branch(parts[1], torch.flip(x, [1]))]
+    added = [
+        elementwise.Branch(parts[0], joint[:, :tokens]),
+        elementwise.Branch(parts[1], torch.flip(x, [1]), parts[5][0]),
+    ]
     mods = [elementwise.Modulated(parts[2], parts[3]), elementwise.Modulated(parts[4], parts[5])]
     out, made = elementwise.add_and_norm(x, added[:branches], mods[:wanted])
     right, right_made = twin(elementwise.add_and_norm, x, added[:branches], mods[:wanted])  # type: ignore[misc]

@@ -34,7 +34,7 @@ def differences(heads: int) -> Iterator[tuple[str, float, float]]:
 
     x, parts = random(BATCH, IMAGE, hidden), random(BATCH, 6 * hidden).split(hidden, dim=1)
     joint = random(BATCH, IMAGE + TEXT, hidden)
-    added = [Branch(parts[0], joint[:, :IMAGE]), Branch(parts[1], random(BATCH, IMAGE, hidden))]
+    added = [Branch(parts[0], joint[:, :IMAGE], random(hidden)), Branch(parts[1], random(BATCH, IMAGE, hidden))]
     ways = [Modulated(parts[2], parts[3]), Modulated(parts[4], parts[5])]
     for branches in range(3):
         for wanted in range(3):
