@@ -80,7 +80,7 @@ class Pipeline:
 
     @property
     def ahead(self) -> bool:
-        """Whether `run` may return before its work is done: then `settle` waits, and other work may be asked for."""
+        """Whether `run` may return before its work is done. `settle` waits; more work may be asked for before."""
         return self.device.type == "cuda"
 
     def settle(self) -> None:

@@ -224,7 +224,8 @@ class Engine:
     def _attempt(self, batch: list[Child]) -> Exception | None:
         """Run a batch and send its results, or return what went wrong with it.
 
-        Where the GPU works on while `run` has returned, the results are sent and the next batch is picked meanwhile.
+        A GPU still works when `run` has returned: meanwhile the results are sent and the next batch is picked. Pictures
+        alone are waited for, and sent when it is known what they took.
         """
         ran = Ran.of(batch)
         kind, pipeline = ran.kind, self.pipelines[batch[0].task.job.model]
@@ -244,17 +245,18 @@ class Engine:
                     raise  # nothing runs on this GPU any more: the process ends, and others run its jobs
                 log.warning("a batch failed", stage=kind.stage, rows=ran.rows, jobs=ids, exc_info=error)
                 return error.with_traceback(None)  # whose frames hold tensors
-            ahead = pipeline.ahead and not isinstance(ran.work, Decode)
-            if ahead:
-                end = started + self.forecast.expected(kind, ran.rows, ran.tokens)
+            if early := not isinstance(ran.work, Decode):
+                returned, end = self._clock(), started + self.forecast.expected(kind, ran.rows, ran.tokens)
                 self._send_all(batch, results, end)
                 self._next = self._pick(end)
+                if not pipeline.ahead:
+                    started += self._clock() - returned  # nothing ran meanwhile
             pipeline.settle()
         finally:
             self._current = None
             self._busy_s += self._clock() - started
         self._account(ran, self._clock() - started, pipeline.lookups.misses == misses)
-        if not ahead:
+        if not early:
             self._send_all(batch, results, self._clock())
         return None
 

@@ -194,7 +194,13 @@ def warm_up(pipeline: Pipeline, card: ModelCard) -> dict[str, float]:
     pace: dict[str, float] = {}
     for seed, (width, height) in enumerate(sizes):
         params = GenerationParams(
-            prompt=f"warm up {seed}", width=width, height=height, steps=1, guidance_scale=d.guidance_scale, seed=seed
+            prompt=f"warm up {seed}",
+            negative_prompt=f"not {seed}" if seed % 2 else "",  # two new texts, or one beside the one of everybody
+            width=width,
+            height=height,
+            steps=1,
+            guidance_scale=d.guidance_scale,
+            seed=seed,
         )
         pace |= _paced(pipeline, params)
     return pace

@@ -109,10 +109,10 @@ def test_what_chooses_is_the_workers_scheduler() -> None:
 
 
 class Timed(FakePipeline):
-    """Takes as long as an H100, and says so at once: on paper nothing is picked by a guess of when a batch ends."""
+    """Takes as long as an H100."""
 
     def __init__(self, model: str) -> None:
-        super().__init__(ahead=False)
+        super().__init__()
         self.model, self.side = model, 512
 
     def run(self, batch: Sequence[Work], max_rows: int | None = None) -> list[Any]:
@@ -149,8 +149,9 @@ def test_the_real_engine_runs_the_same_batches_at_the_same_times() -> None:
         bench.engine.step()
         ends |= {n: bench.clock.seconds for n, task in tasks.items() if task.outcome and n not in ends}
     gpu = Gpu(["medium", "large-turbo"], PACE, Limits(max_jobs=64), skip_alone=False)
+    # The engine picks the next batch while one runs, by a guess of when that ends: two short works may swap.
     assert _alone(gpu, [(at, known[mix[kind]]) for at, kind in asked]) == pytest.approx(
-        [ends[n] for n in range(len(asked))]
+        [ends[n] for n in range(len(asked))], abs=0.005
     )
     real = [len(batch) for pipeline in pipelines.values() for batch in pipeline.batches]
     assert gpu.batches == len(real)
