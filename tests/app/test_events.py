@@ -166,6 +166,11 @@ async def test_previews_are_made_and_sent_to_who_asks_for_them(
     url = await created(client)
     async with following(client, f"{url}?previews={str(wanted).lower()}") as stream:
         await stream.next("progress")
+
+        async def claimed() -> bool:
+            return bool(worker.running)
+
+        await until(claimed)  # Redis tells of it before the worker has noted it
         (claim,) = worker.running
         with Intake.connect(settings, "fake")._redis as redis:
 
