@@ -79,7 +79,8 @@ def export_bundle(vae_folder: Path, flow_folder: Path, out: Path, card: Card | N
         sample_side=512,
     )
     (out / "darkroom.json").write_text(json.dumps(asdict(card or Card.of(record)), indent=1) + "\n")
-    records = {"vae": read_record(vae_folder), "flow": record}
+    of_vae = read_record(vae_folder)
+    records = {"vae": of_vae.get("vae", of_vae), "flow": record}  # a bundle's record has both
     (out / "training.json").write_text(json.dumps(records, indent=1) + "\n")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     if size > LIMIT_BYTES and record["source"] == Drawings.name:

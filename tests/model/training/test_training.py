@@ -459,6 +459,10 @@ def test_the_demos_weights_are_trained_further_on_a_users_pictures(photos: Path,
     moved = (after.mmdit.get_parameter(weight) - before.mmdit.get_parameter(weight)).abs().max()
     assert 0 < moved < 0.05
     assert picture_of(bundle).shape == (64, 64, 3)
+    of_demo, of_bundle = (json.loads((folder / "training.json").read_text()) for folder in (demo, bundle))
+    assert of_bundle["vae"] == of_demo["vae"]
+    assert of_bundle["flow"]["before"]["command"] == of_demo["flow"]["command"]
+    assert "log" not in of_bundle["flow"]["before"]
 
 
 def test_a_users_pictures_train_an_autoencoder(photos: Path, tmp_path: Path) -> None:
