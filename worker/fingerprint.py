@@ -14,6 +14,8 @@ import torch
 import transformers
 
 import model as model_package
+from model.choices import TABLE
+from model.fp8 import Fp8Linear
 from model.pipeline import Pipeline
 
 UNSEEN = {"training", "evaluation", "bundles", "__pycache__"}
@@ -29,6 +31,8 @@ def parts(pipeline: Pipeline, revision: str) -> dict[str, str | int]:
         "build": _build(),
         "revision": revision,
         "dtype": str(pipeline.dtype),
+        "precision": "fp8" if any(isinstance(layer, Fp8Linear) for layer in pipeline.mmdit.modules()) else "",
+        "kernels": _kernels() if pipeline.device.type == "cuda" else "",
         "text_device": pipeline.text.device.type,
         "text_dtype": str(next(pipeline.text.clip_l.parameters()).dtype),
         "t5_length": pipeline.t5_length if pipeline.text.t5 is not None else 0,
@@ -43,11 +47,23 @@ def fingerprint(pipeline: Pipeline, revision: str) -> str:
 
 
 @cache
+def _kernels() -> str:
+    """The packages, beside PyTorch, that bring kernels; those that are absent too."""
+    found = {}
+    for package in ("triton", "fa3-fwd"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return ", ".join(f"{package} {version}" for package, version in found.items())
+
+
+@cache
 def _build() -> str:
-    """Darkroom's version, and its own arithmetic as it is on this disk."""
+    """Darkroom's version, its own arithmetic as it is on this disk, and which way through it is taken."""
     digest = hashlib.sha256()
     root = Path(model_package.__path__[0])
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted([*root.rglob("*.py"), TABLE]):
         if UNSEEN.isdisjoint(path.relative_to(root).parts):
             digest.update(path.read_bytes())
     version: str = metadata.version("darkroom")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.embeddings import EmbeddingCache
+from model.fp8 import use_fp8
 from model.pipeline import Pipeline, generate, run
 from tests.worker.jobs import make_job
 from worker.contract.job import Job
@@ -123,7 +125,7 @@ def test_fingerprint_is_the_same_again_and_short(loaded: Model, pipeline: Pipeli
     assert loaded.fingerprint.startswith("fp_")
 
 
-def test_fingerprint_tells_revisions_threads_and_text_lengths_apart(pipeline: Pipeline) -> None:
+def test_fingerprint_tells_revisions_threads_text_lengths_and_precisions_apart(pipeline: Pipeline) -> None:
     seen = {fingerprint(pipeline, "r1"), fingerprint(pipeline, "r2")}
     shorter = Pipeline(pipeline.mmdit, pipeline.vae, pipeline.text, t5_length=16)
     seen.add(fingerprint(shorter, "r1"))
@@ -133,7 +135,10 @@ def test_fingerprint_tells_revisions_threads_and_text_lengths_apart(pipeline: Pi
         seen.add(fingerprint(pipeline, "r1"))
     finally:
         torch.set_num_threads(threads)
-    assert len(seen) == 4
+    low = deepcopy(pipeline.mmdit)
+    use_fp8(low)
+    seen.add(fingerprint(Pipeline(low, pipeline.vae, pipeline.text, t5_length=pipeline.t5_length), "r1"))
+    assert len(seen) == 5
 
 
 def test_parts_of_a_fingerprint_name_torch_build_and_dtype(pipeline: Pipeline) -> None:
