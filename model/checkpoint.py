@@ -31,6 +31,7 @@ from transformers import (
 
 from model.bundle import TOKENIZERS, export_diffusers
 from model.config import VARIANTS, MMDiTConfig, VAEConfig
+from model.device import on
 from model.fp8 import FP8, SCALES, use_fp8
 from model.kernels.elementwise import quantized
 from model.keys import Rule, clip_name, mmdit_rules, original, t5_name, vae_rules
@@ -134,9 +135,9 @@ def load_components(
     for where in dict.fromkeys(home for home, _ in homes.values()):
         here = {part: plan.nbytes(homes[part][1]) for part, plan in missing.items() if homes[part][0] == where}
         check_room(here, where, free(where))
-    nets |= {
-        part: plan.filled(*homes[part], sources.difference if part == MMDIT else None) for part, plan in missing.items()
-    }
+    with on(device):
+        for part, plan in missing.items():
+            nets[part] = plan.filled(*homes[part], sources.difference if part == MMDIT else None)
     revision = sources.revision
     sources.require_unchanged()
     for part, plan in missing.items():

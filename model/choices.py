@@ -25,9 +25,11 @@ TABLE = Path(__file__).with_name("choices.json")
 log = logging.getLogger(__name__)
 
 
-def choice_for(device: torch.device, precision: str, hidden: int, rows: int, image_tokens: int) -> Choice:
+def choice_for(
+    device: torch.device, dtype: torch.dtype, precision: str, hidden: int, rows: int, image_tokens: int
+) -> Choice:
     """The choice for the measured shape that is nearest; for a net or a GPU that was not measured, PyTorch's own."""
-    if device.type != "cuda":
+    if device.type != "cuda" or dtype.itemsize != 2:  # no backend but PyTorch's own takes fp32
         return Choice()
     name = torch.cuda.get_device_name(device)
     if name not in _table():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -176,8 +177,7 @@ class _Run:
     ) -> tuple[Tensor, tuple[Tensor | Rows, ...], Tensor, tuple[Tensor | Rows, ...]]:
         """Block n: the streams and how they go into it; returns the same for block n + 1."""
         block, places = self.fast.blocks[n], self.fast.places[n]
-        ours, theirs = block.x_block, block.context_block
-        next_image, next_text, next_fp8 = self.wanted(n + 1)
+        theirs, (_, next_text, _) = block.context_block, self.wanted(n + 1)
         attended = self.attend(n, made[0], text_made[0])
 
         def text_stream() -> tuple[Tensor, tuple[Tensor | Rows, ...]]:
@@ -187,28 +187,40 @@ class _Run:
             return self.finish(theirs, context, [branch], places.text, next_text, False)
 
         # Nothing that one stream made is freed before the streams have met again: no record_stream is needed.
-        text_side = self.beside()
-        if text_side:
-            with torch.cuda.stream(text_side):
-                context, text_made = text_stream()
+        with self.beside() as text_side:
+            if text_side:
+                with torch.cuda.stream(text_side):
+                    context, text_made = text_stream()
+            x, made = self.image_stream(n, x, made, attended)
+        if not text_side:
+            context, text_made = text_stream()
+        return x, made, context, text_made
+
+    def image_stream(
+        self, n: int, x: Tensor, made: tuple[Tensor | Rows, ...], attended: Tensor
+    ) -> tuple[Tensor, tuple[Tensor | Rows, ...]]:
+        """The image after block n, and how it goes into the next."""
+        block, places = self.fast.blocks[n], self.fast.places[n]
+        ours = block.x_block
+        next_image, _, next_fp8 = self.wanted(n + 1)
         branches = [self.projected(ours.attn.proj, attended[:, : self.image], places.image[2])]
         if block.dual:
             # The second attention sees the same normed input as the first, not its result.
             branches.append(self.projected(ours.attn2.proj, self.attend_alone(n, made[1]), places.image[8]))
-        x, made = self.finish(ours, x, branches, places.image, next_image, next_fp8)
-        if text_side:
-            torch.cuda.current_stream().wait_stream(text_side)
-        else:
-            context, text_made = text_stream()
-        return x, made, context, text_made
+        return self.finish(ours, x, branches, places.image, next_image, next_fp8)
 
-    def beside(self) -> torch.cuda.Stream | None:
-        """The stream for the text, from here on; None where the choice is another."""
+    @contextmanager
+    def beside(self) -> Iterator[torch.cuda.Stream | None]:
+        """A stream for the text that begins here and is waited for at the end; None where the choice is another."""
         if not self.choice.beside or not self.modulation.is_cuda:
-            return None
+            yield None
+            return
         side = self.fast.side(self.modulation.device)
         side.wait_stream(torch.cuda.current_stream())
-        return side
+        try:
+            yield side
+        finally:
+            torch.cuda.current_stream().wait_stream(side)
 
     def attend(self, n: int, image: Tensor | Rows, text: Tensor | Rows) -> Tensor:
         """The joint attention of block n; shape = (batch, queries, hidden), the image's first."""
@@ -360,7 +372,7 @@ class Conditions:
             device = self.fast.mmdit.pos_embed.device
             rows = self.fast.modulation(torch.tensor(padded, device=device), text.pooled)
             for one, row in zip(together, rows, strict=False):
-                self._modulations[id(text), one] = (text, row)
+                self._modulations[id(text), one] = (text, row.clone())  # not a part of what is larger
             self._shrink(len(together), rows.shape[1] * rows.element_size())
         self._modulations.move_to_end(key)
         return self._modulations[key][1]
@@ -375,6 +387,6 @@ class Conditions:
         return self._contexts[id(text)][1]
 
     def _shrink(self, newest: int, each: int) -> None:
-        """Lets go of the oldest. Whole calls' rows share memory, and grow old together."""
+        """Lets go of the oldest."""
         while len(self._modulations) > max(newest, self.limit // each):
             self._modulations.popitem(last=False)

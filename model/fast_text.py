@@ -19,8 +19,8 @@ from model.embeddings import Text
 from model.graphs import Graphs
 from model.text import T5_LENGTH, TextEncoders
 
-SIZES = (1, 2, 4, 8)
-"""Prompts of a batch: others are filled up to the next, or go in several batches, so that few graphs are enough."""
+SIZES = (8, 4, 2, 1)
+"""Prompts of a batch: other numbers go in several batches, so that few graphs are enough."""
 
 CLIP_ARGMAX_EOS = 2
 """An end token in a config of CLIP that stands for "the largest id", as OpenAI's and LAION's configs have it."""
@@ -32,13 +32,14 @@ class FastTextEncoders:
     Encoders whose weights only visit the device they compute on go the plain way: what is recorded must stay in place.
 
     text : whose modules, tokenizers and cache are used
-    graphs : where the batches of one size and T5 length share a graph; None: nothing is recorded or filled up
+    graphs : where the batches of one size and T5 length share a graph, of encoders on a GPU; None: nothing is recorded
     """
 
     def __init__(self, text: TextEncoders, graphs: Graphs | None = None) -> None:
         self.text, self.graphs = text, graphs
         nets: list[Any] = [net for net in (text.clip_l, text.clip_g, text.t5) if net is not None]
-        self._resident = all(weight.device == text.device for net in nets for weight in net.parameters())
+        homes = {weight.device.type for net in nets for weight in net.parameters()}
+        self.resident = homes == {text.device.type}
         self._position_biases: dict[int, Tensor] = {}
         # CLIP's kernels are too small to fill a GPU, and T5 waits for memory most of the time: they run side by side.
         self._beside = torch.cuda.Stream(text.device) if text.device.type == "cuda" else None
@@ -46,16 +47,16 @@ class FastTextEncoders:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], t5_length: int = T5_LENGTH) -> list[Text]:
         """As TextEncoders.encode."""
-        if not self._resident:
+        if not self.resident:
             return self.text.encode(prompts, t5_length)
-        together = SIZES[-1] if self.graphs is not None else max(1, len(prompts))
-        batches = (prompts[i : i + together] for i in range(0, len(prompts), together))
-        return [text for batch in batches for text in self._encode(batch, t5_length)]
+        texts: list[Text] = []
+        while left := prompts[len(texts) :]:
+            size = len(left) if self.graphs is None else next(size for size in SIZES if size <= len(left))
+            texts += self._encode(left[:size], t5_length)
+        return texts
 
     def _encode(self, prompts: Sequence[str], t5_length: int) -> list[Text]:
         ids, warnings = self.text.read(prompts, t5_length)
-        if self.graphs is not None:
-            ids += ids[:1] * (next(size for size in SIZES if size >= len(ids)) - len(ids))
         self.prepare(t5_length)
         function = partial(self.forward, t5_length=t5_length)
         on_device = self._on_device(ids)
@@ -92,11 +93,13 @@ class FastTextEncoders:
         else:
             here = torch.cuda.current_stream(ids.device)
             self._beside.wait_stream(here)
-            with torch.cuda.stream(self._beside):
-                clip, pooled = self._clips(ids_l, ids_g)
-            t5 = self._t5(ids_t5, t5_length, fused)
-            # The stream's memory is used again only by what comes after its next wait for this one.
-            here.wait_stream(self._beside)
+            try:
+                with torch.cuda.stream(self._beside):
+                    clip, pooled = self._clips(ids_l, ids_g)
+                t5 = self._t5(ids_t5, t5_length, fused)
+            finally:
+                # The stream's memory is used again only by what comes after its next wait for this one.
+                here.wait_stream(self._beside)
         return torch.cat([self.text.joined(clip, t5, t5_length).flatten(1), pooled], dim=1)
 
     def unpacked(self, packed: Tensor, t5_length: int) -> tuple[Tensor, Tensor]:

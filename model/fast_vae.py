@@ -99,13 +99,12 @@ class FastDecoder:
             upsamplings = [conv for _, conv in self._levels() if conv] if fold else []
             self._folded = {conv: folded(conv.weight) for conv in upsamplings}
 
-    def to_pixels(self, latents: Tensor) -> Tensor:
-        """The MMDiT's latents as 8-bit RGB: shape = (batch, 16, h/8, w/8) -> (batch, h, w, 3), uint8."""
-        return self.decode(latents)
-
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """As to_pixels. Launches the same kernels whatever the values are, so that a CUDA graph can hold it."""
+        """The MMDiT's latents as 8-bit RGB: shape = (batch, 16, h/8, w/8) -> (batch, h, w, 3), uint8.
+
+        Launches the same kernels whatever the values are, so that a CUDA graph can hold it.
+        """
         dtype = self.vae.decoder.conv_in.weight.dtype
         z = self.vae.from_model(latents).to(dtype).permute(0, 2, 3, 1).contiguous()
         if self._whole(z):

@@ -50,13 +50,10 @@ class Graphs:
         self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()  # the one used last comes last
         self._used: dict[Hashable, int] = {}  # in which run each key came last; of so many keys as fit below
         self._runs = 0
-        self._refused: set[Hashable] = set()
+        self._failed: dict[Hashable, int] = {}  # in which run recording a key failed
 
     def __len__(self) -> int:
         return len(self._recordings)
-
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._recordings
 
     def run(self, key: Hashable, function: Function, *inputs: Tensor) -> Tensor:
         """function(*inputs). A key stands for one function and the shapes of its inputs.
@@ -67,7 +64,7 @@ class Graphs:
         known = key in self._used
         self._used[key] = self._runs
         recording = self._recordings.get(key)
-        if recording is None and known and self._has_place():
+        if recording is None and known and not self._refused(key) and self._has_place():
             recording = self._recorded(key, function, *inputs)
         if recording is None:
             self._forget()
@@ -75,23 +72,19 @@ class Graphs:
         self._recordings.move_to_end(key)
         return recording(*inputs).clone()
 
-    def prepare(self, key: Hashable, function: Function, *inputs: Tensor) -> None:
-        """Record at once, so that the first run of the key is fast too."""
-        self._used[key] = self._runs
-        if key not in self._recordings and self._has_place():
-            self._recorded(key, function, *inputs)
-
     def _recorded(self, key: Hashable, function: Function, *inputs: Tensor) -> Recording | None:
-        """A new recording. None where that fails, mostly for want of memory: the key is then run plainly."""
-        if key in self._refused:
-            return None
+        """A new recording. None where that fails, mostly for want of memory: the key runs plainly for a while then."""
         try:
             recording = self._recordings[key] = self._record(function, *inputs)
         except Exception as problem:  # what is wrong with the function itself, a plain run will show
             log.warning("not recorded as a CUDA graph: %s: %s", type(problem).__name__, str(problem)[:300])
-            self._refused.add(key)
+            self._failed[key] = self._runs
             return None
         return recording
+
+    def _refused(self, key: Hashable) -> bool:
+        """Whether recording it failed lately."""
+        return key in self._failed and self._runs - self._failed[key] <= IDLE_RUNS
 
     def _has_place(self) -> bool:
         """Makes place for one more if it can."""
@@ -109,7 +102,7 @@ class Graphs:
             old = [key for key, run in self._used.items() if key not in self._recordings]
             for key in sorted(old, key=self._used.__getitem__)[: len(old) // 2]:
                 del self._used[key]
-            self._refused.clear()
+                self._failed.pop(key, None)
 
 
 class CudaRecorder:
@@ -143,25 +136,33 @@ def _pool(device: torch.device) -> tuple[Any, torch.cuda.CUDAGraph]:
     return handle, held
 
 
+def _give_up(graph: torch.cuda.CUDAGraph, recorder: CudaRecorder) -> None:
+    """End a capture that failed. Its own end then fails before it tells the allocator, which would wait for ever."""
+    with suppress(RuntimeError):
+        graph.capture_end()
+    with suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(recorder.device.index or 0, recorder.pool)
+
+
 class _CudaGraph:
     def __init__(self, recorder: CudaRecorder, function: Function, inputs: tuple[Tensor, ...]) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
         self.graph = torch.cuda.CUDAGraph()
         stream = recorder.stream
         stream.wait_stream(torch.cuda.current_stream(recorder.device))
-        # Not `with torch.cuda.graph(...)`: that empties the allocator's cache, which other work would fill again.
         with torch.cuda.stream(stream):
             if recorder.warm:
                 function(*self.inputs)  # kernels are compiled and libraries make their plans and workspaces here
             stream.synchronize()
+            # What the plain runs have used would otherwise stay beside the graph's own memory, unused.
+            torch.cuda.empty_cache()
             self.graph.capture_begin(pool=recorder.pool, capture_error_mode="thread_local")
             try:
                 self.output = function(*self.inputs)
+                self.graph.capture_end()
             except BaseException:
-                with suppress(RuntimeError):  # that the capture failed; what matters is why
-                    self.graph.capture_end()
+                _give_up(self.graph, recorder)
                 raise
-            self.graph.capture_end()
         torch.cuda.current_stream(recorder.device).wait_stream(stream)
 
     def __call__(self, *inputs: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.choices import choice_for
+from model.device import on
 from model.embeddings import Text
 from model.fast_mmdit import Conditions, FastMMDiT
 from model.fast_text import FastTextEncoders
@@ -79,6 +80,13 @@ class Pipeline:
         return self.mmdit.context_embedder.weight.dtype
 
     @property
+    def way(self) -> str:
+        """Which way its nets go: two ways round differently."""
+        if self._fast is None:
+            return "plain"
+        return "fast" if self._fast.text.resident else "fast, texts plain"
+
+    @property
     def ahead(self) -> bool:
         """Whether `run` may return before its work is done. `settle` waits; more work may be asked for before."""
         return self.device.type == "cuda"
@@ -100,15 +108,16 @@ class Pipeline:
             Denoise: lambda batch: self._denoise(batch, max_rows),
             Decode: self._decode,
         }
-        with _fixed_kernels(batch[0].deterministic):
+        with on(self.device), _fixed_kernels(batch[0].deterministic):
             return do[type(batch[0])](batch)
 
     @torch.inference_mode()
     def preview(self, latents: Latents) -> Tensor:
         """What a picture in the making will look like, small; shape = (h, w, 3), uint8, on the CPU, sides to 256."""
-        if self._preview_map is None:
-            self._preview_map = fit_to(self.vae)
-        return self._preview_map.rgb(latents.x if latents.previous is None else latents.previous)
+        with on(self.device):
+            if self._preview_map is None:
+                self._preview_map = fit_to(self.vae)
+            return self._preview_map.rgb(latents.x if latents.previous is None else latents.previous)
 
     def _encode(self, batch: Sequence[Encode], max_rows: int | None) -> list[list[Text]]:
         alone = batch[0].deterministic
@@ -176,27 +185,28 @@ class _Fast:
     def __init__(self, mmdit: MMDiT, vae: VAE, text: TextEncoders) -> None:
         device = mmdit.pos_embed.device
 
-        def graphs() -> Graphs | None:
-            return Graphs(CudaRecorder(device)) if device.type == "cuda" else None
+        def graphs(at: torch.device = device) -> Graphs | None:
+            return Graphs(CudaRecorder(at)) if at.type == "cuda" else None
 
         self.fast = FastMMDiT(mmdit)
         self.conditions = Conditions(self.fast)
         self.graphs = graphs()
         self.decoder, self.decoder_graphs = _once_for(vae, lambda: (FastDecoder(vae), graphs()))
-        self.text = _once_for(text, lambda: FastTextEncoders(text, graphs()))
+        self.text = _once_for(text, lambda: FastTextEncoders(text, graphs(text.device)))
 
     def to_pixels(self, latents: Tensor) -> Tensor:
         """As VAE.to_pixels."""
         if self.decoder_graphs is None or latents[:, 0].numel() > GRAPHED_PIXELS // 64:
             return self.decoder.decode(latents)
-        return self.decoder_graphs.run((latents.shape, latents.dtype), self.decoder.decode, latents)
+        key = (latents.shape, latents.dtype, torch.backends.cudnn.deterministic)
+        return self.decoder_graphs.run(key, self.decoder.decode, latents)
 
     def velocity(self, x: Tensor, rows: Sequence[tuple[Denoise, Text]]) -> Tensor:
         """As the MMDiT gives it; shape = (rows, 16, h/8, w/8), in and out."""
         modulation = torch.stack([self.conditions.modulation(text, w.step.sigma, w.levels) for w, text in rows])
         context = torch.stack([self.conditions.context(text) for _, text in rows])
         patches = x.shape[-2] * x.shape[-1] // self.fast.config.patch**2
-        choice = choice_for(x.device, self.fast.precision, self.fast.config.hidden, len(x), patches)
+        choice = choice_for(x.device, x.dtype, self.fast.precision, self.fast.config.hidden, len(x), patches)
         run = partial(self.fast, choice=choice)
         if self.graphs is None:
             return run(x, modulation, context)

@@ -141,7 +141,7 @@ class TextEncoders:
         return torch.cat([clip, t5.to(clip.dtype)], dim=1)
 
     def apart(self, context: Tensor, pooled: Tensor, warnings: Sequence[tuple[str, ...]]) -> list[Text]:
-        """The text of each prompt of a batch, which may have more rows than there are warnings."""
+        """The text of each prompt of a batch."""
         # Copies: a text that is kept must not hold the memory of its whole batch.
         to = self.to
         return [

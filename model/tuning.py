@@ -98,7 +98,7 @@ def _best(time_of: Callable[[Choice], float], device: torch.device, rows: int) -
                 ms[label] = math.inf
         return ms[label]
 
-    known = [name for name in backends(device) if name in ("cudnn", "fa3")] or ["default"]
+    known = backends(device)[1:] or backends(device)  # the default is one of the others
     best = min((Choice(attention=name) for name in known), key=tried)
     if rows > 1:
         best = min((best, replace(best, apart=True)), key=tried)

@@ -246,7 +246,9 @@ class Engine:
                 log.warning("a batch failed", stage=kind.stage, rows=ran.rows, jobs=ids, exc_info=error)
                 return error.with_traceback(None)  # whose frames hold tensors
             if early := not isinstance(ran.work, Decode):
-                returned, end = self._clock(), started + self.forecast.expected(kind, ran.rows, ran.tokens)
+                end = returned = self._clock()
+                if pipeline.ahead:
+                    end = started + self.forecast.expected(kind, ran.rows, ran.tokens)
                 self._send_all(batch, results, end)
                 self._next = self._pick(end)
                 if not pipeline.ahead:

@@ -31,6 +31,7 @@ def parts(pipeline: Pipeline, revision: str) -> dict[str, str | int]:
         "build": _build(),
         "revision": revision,
         "dtype": str(pipeline.dtype),
+        "way": pipeline.way,
         "precision": "fp8" if any(isinstance(layer, Fp8Linear) for layer in pipeline.mmdit.modules()) else "",
         "kernels": _kernels() if pipeline.device.type == "cuda" else "",
         "text_device": pipeline.text.device.type,

@@ -56,10 +56,12 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
+    if device.type != "cuda":
+        return device
+    index, found = device.index or 0, torch.cuda.device_count()
+    if index >= found:
         raise NoSuchDevice(f"DARKROOM_DEVICE is {name!r}; CUDA devices that PyTorch finds here: {found}")
-    return device
+    return torch.device("cuda", index)  # as tensors name it: "cuda" alone is equal to no tensor's device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -134,9 +136,13 @@ class Loader:
         """As the setting says, where the device multiplies fp8 matrices."""
         if not self._settings.fp8(source.name):
             return False
-        if device.type == "cuda" and has_fp8(device):
+        dtype = pick_dtype(self._settings.dtype, device)
+        if device.type == "cuda" and has_fp8(device) and dtype == torch.bfloat16:
             return True
-        log.warning("fp8 is for GPUs from Ada and Hopper on: bf16 is used", model=source.name, device=str(device))
+        log.warning(
+            "fp8 is for GPUs from Ada and Hopper on, beside bf16: it is left out",
+            model=source.name, device=str(device), dtype=str(dtype),
+        )  # fmt: skip
         return False
 
     def _place_encoders(self, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Encoders:
@@ -202,7 +208,12 @@ def warm_up(pipeline: Pipeline, card: ModelCard) -> dict[str, float]:
             guidance_scale=d.guidance_scale,
             seed=seed,
         )
-        pace |= _paced(pipeline, params)
+        try:
+            pace |= _paced(pipeline, params)
+        except torch.OutOfMemoryError:
+            # A card may be large enough for smaller pictures; who asks for one of these is told.
+            log.warning("no room for a picture of this size", width=width, height=height)
+            torch.cuda.empty_cache()
     return pace
 
 

@@ -5,18 +5,32 @@ The fused ones are written in Triton and run on CUDA; a machine without either r
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
-
-@cache
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return find_spec("triton") is not None
+log = logging.getLogger(__name__)
 
 
 def fused(x: Tensor) -> bool:
     """Whether a tensor's operations run fused."""
-    return x.is_cuda and has_triton()
+    return x.is_cuda and has_triton(x.device)
+
+
+@cache
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton is installed and can compile for a device: it needs a C compiler and a folder to write to."""
+    if find_spec("triton") is None:
+        log.warning("Triton is not installed: plain operations are used, which are slower")
+        return False
+    try:
+        from model.kernels import triton_kernels
+
+        triton_kernels.quantized(torch.ones(1, 1, 64, device=device), gelu=False).values.float().sum().item()
+    except Exception as problem:  # of Triton, of the compiler that it calls, of the driver
+        log.warning("Triton does not work here, so plain operations are used, which are slower: %s", str(problem)[:500])
+        return False
+    return True

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-BACKENDS = ("default", "cudnn", "flash", "fa3")
+BACKENDS = ("default", "cudnn", "fa3")
 
 
 def attend(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -31,8 +31,7 @@ def attend(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if backend == "default":
         attended = F.scaled_dot_product_attention(q, k, v)
     else:
-        kind = SDPBackend.CUDNN_ATTENTION if backend == "cudnn" else SDPBackend.FLASH_ATTENTION
-        with sdpa_kernel(kind):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             attended = F.scaled_dot_product_attention(q, k, v)
     return attended.transpose(1, 2).flatten(2)
 
@@ -43,7 +42,7 @@ def backends(device: torch.device) -> tuple[str, ...]:
     if device.type != "cuda":
         return BACKENDS[:1]
     hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    return BACKENDS if hopper and find_spec("fa3_fwd_interface") else BACKENDS[:3]
+    return BACKENDS if hopper and find_spec("fa3_fwd_interface") else BACKENDS[:2]
 
 
 @cache

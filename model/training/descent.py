@@ -62,11 +62,11 @@ class Descent:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """A whole run in it is not lost to an error late in it: the weights are then the last good ones."""
+        """A whole run of one process is not lost to an error late in it: the weights are then the last good ones."""
         try:
             yield
         except Exception as problem:
-            if not self.average.kept:
+            if not self.average.kept or team.size() > 1:  # of several processes the others wait: all must end
                 raise
             self.leg.log.say(f"stopped early: {type(problem).__name__}: {str(problem)[:600]}")
             self.average.go_back()

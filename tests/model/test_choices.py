@@ -35,7 +35,7 @@ def test_the_nearest_shape_decides(rows: int, image_tokens: int, expected: Choic
 
 def test_what_was_not_measured_goes_pytorchs_way() -> None:
     assert nearest([], 2, 1024) == Choice()
-    assert choice_for(torch.device("cpu"), "bf16", 2432, 2, 4096) == Choice()
+    assert choice_for(torch.device("cpu"), torch.bfloat16, "bf16", 2432, 2, 4096) == Choice()
 
 
 def test_the_committed_table_is_as_the_tuning_writes_it() -> None:

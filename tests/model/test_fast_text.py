@@ -105,7 +105,7 @@ def test_without_t5_its_part_is_zeros(diffusers_folder: Path) -> None:
 
 
 @torch.inference_mode()
-def test_few_sizes_are_recorded_and_filled_rows_are_left_out(components: Components) -> None:
+def test_few_sizes_are_recorded_and_other_numbers_go_in_several_batches(components: Components) -> None:
     recorded: list[torch.Size] = []
     graphs = Graphs(recorder(recorded))
     fast = FastTextEncoders(components.text, graphs)

@@ -40,18 +40,10 @@ def test_a_key_runs_plainly_then_is_recorded_then_replayed() -> None:
     assert counts == [(0, 0), (1, 1), (1, 2)]
 
 
-def test_a_prepared_key_is_replayed_the_first_time() -> None:
-    notebook = Notebook()
-    graphs = Graphs(notebook)
-    graphs.prepare("a", double, torch.tensor(1))
-    assert graphs.run("a", double, torch.tensor(4)).item() == 8
-    assert (notebook.recorded, notebook.replayed) == (1, 1)
-
-
 def test_what_comes_out_is_not_overwritten_by_the_next_run() -> None:
     held = torch.zeros(())
     graphs = Graphs(lambda function, *inputs: lambda x: held.copy_(2 * x))
-    graphs.prepare("a", double, torch.tensor(0.0))
+    graphs.run("a", double, torch.tensor(0.0))
     first = graphs.run("a", double, torch.tensor(1.0))
     graphs.run("a", double, torch.tensor(5.0))
     assert first.item() == 2
@@ -68,13 +60,13 @@ def test_more_keys_than_there_is_place_for_run_plainly() -> None:
 
 def test_a_graph_that_was_long_not_used_gives_its_place_away() -> None:
     graphs = Graphs(Notebook(), limit=2)
-    for key in ("rare", "common"):
-        graphs.prepare(key, double, torch.tensor(1))
+    for key in ("rare", "common", "rare", "common"):
+        graphs.run(key, double, torch.tensor(1))
     for _ in range(IDLE_RUNS + 1):
         graphs.run("common", double, torch.tensor(1))
     for _ in range(2):
         graphs.run("new", double, torch.tensor(1))
-    assert ("rare" in graphs, "common" in graphs, "new" in graphs) == (False, True, True)
+    assert list(graphs._recordings) == ["common", "new"]
 
 
 def test_keys_that_never_come_again_are_forgotten() -> None:
@@ -96,6 +88,28 @@ def test_what_cannot_be_recorded_runs_plainly_and_is_not_tried_again(caplog: pyt
         assert graphs.run("a", double, torch.tensor(2)).item() == 4
     assert len(tries) == 1
     assert "OutOfMemoryError: none left" in caplog.text
+    for _ in range(IDLE_RUNS):
+        graphs.run("a", double, torch.tensor(2))
+    assert len(tries) == 2  # there may be memory again
+    assert len(graphs) == 0
+
+
+def test_a_key_that_cannot_be_recorded_takes_no_graphs_place() -> None:
+    held = Notebook()
+
+    def pick(function: Function, *inputs: Tensor) -> Recording:
+        if inputs[0].item() == 7:
+            raise torch.OutOfMemoryError("none left")
+        return held(function, *inputs)
+
+    graphs = Graphs(pick, limit=2)
+    for key in (1, 2, 1, 2):
+        graphs.run(key, double, torch.tensor(key))
+    for _ in range(IDLE_RUNS + 5):
+        graphs.run(1, double, torch.tensor(1))
+    for _ in range(9):
+        graphs.run(7, double, torch.tensor(7))
+    assert held.recorded == 2
 
 
 def test_a_function_that_fails_says_so_itself() -> None:
