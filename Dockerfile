@@ -122,6 +122,15 @@ RUN pip install --no-cache-dir --no-deps --target /hopper -c constraints.txt fa3
 # PyTorch's usual build carries CUDA with it; the host brings the driver and NVIDIA's container toolkit.
 FROM worker-runtime AS worker
 COPY --from=hopper /hopper /opt/darkroom/lib/python3.11/site-packages
+# Triton compiles what launches a kernel when that is first used, and keeps it where libraries may be loaded from.
+USER root
+# hadolint ignore=DL3008
+RUN mkdir -p /var/lib/apt/lists/partial /var/cache/apt/archives/partial /var/log/apt \
+    && apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists /var/cache/apt /var/log/apt
+USER 10001:10001
+ENV TRITON_CACHE_DIR=/tmp/triton
 ENV DARKROOM_DEVICE=cuda \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
