@@ -123,7 +123,7 @@ RUN pip install --no-cache-dir --no-deps --target /hopper -c constraints.txt fa3
 FROM worker-runtime AS worker
 COPY --from=hopper /hopper /opt/darkroom/lib/python3.11/site-packages
 # Triton compiles what launches a kernel when that is first used, and keeps it where libraries may be loaded from.
-USER root
+USER 0:0
 # hadolint ignore=DL3008
 RUN mkdir -p /var/lib/apt/lists/partial /var/cache/apt/archives/partial /var/log/apt \
     && apt-get update \
