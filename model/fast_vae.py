@@ -111,6 +111,16 @@ class FastDecoder:
             return self._decoded(z)
         return torch.cat([self._decoded(one) for one in z.split(1)])
 
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Compile what pictures of any size need, so that no request waits for a compiler."""
+        weight = self.vae.decoder.conv_in.weight
+        few = weight.new_zeros(1, self.vae.config.latent_channels, 8, 8)
+        self.decode(few)
+        FastDecoder(self.vae, max_pixels=1, strip_values=self.strip_values).decode(few)  # in strips
+        for positions in (4096, 4100):  # multiples of sixteen, and others
+            groupnorm.softmax(torch.zeros(1, 1, positions, device=weight.device), 1.0, weight.dtype)
+
     def _whole(self, z: Tensor) -> bool:
         scale = 2 ** (len(self.vae.config.channels) - 1)
         return z.shape[1] * z.shape[2] * scale * scale <= self.max_pixels

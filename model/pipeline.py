@@ -86,6 +86,13 @@ class Pipeline:
             return "plain"
         return "fast" if self._fast.text.resident else "fast, texts plain"
 
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Compile what a picture of any size may need, where there is a compiler to wait for."""
+        if self._fast and self.device.type == "cuda":
+            with on(self.device):
+                self._fast.decoder.prepare()
+
     @property
     def ahead(self) -> bool:
         """Whether `run` may return before its work is done. `settle` waits; more work may be asked for before."""

@@ -24,13 +24,13 @@ def save_tiny_bundle(folder: Path) -> Path:
 
 
 def save_roomy_bundle(folder: Path) -> Path:
-    """As the tiny one, but of 1024x1024 pictures, which take it seconds a step; gives the folder."""
+    """As the tiny one, but of pictures to 1536 pixels a side, which take it seconds a step; gives the folder."""
     from dataclasses import replace
 
     from tests.model import tiny
 
     pipeline = tiny.pipeline()
-    large = tiny.transformer(replace(tiny.MMDIT_X, pos_embed_grid=64))
+    large = tiny.transformer(replace(tiny.MMDIT_X, pos_embed_grid=96))
     tiny.randomize(large)
     pipeline.register_modules(transformer=large)
     pipeline.save_pretrained(folder)

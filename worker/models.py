@@ -191,6 +191,7 @@ def warm_up(pipeline: Pipeline, card: ModelCard) -> dict[str, float]:
 
     returns : seconds that a token took at the default size, by stage
     """
+    pipeline.prepare()
     d, limits = card.defaults, card.limits
     sizes = [(d.width, d.height)]
     if pipeline.device.type == "cuda":

@@ -280,8 +280,11 @@ def poisoned(folder: Path, bundle: Path, seed: int, size: float) -> list[Check]:
 
 
 def paused(folder: Path, bundle: Path, seed: int, size: float) -> list[Check]:
-    """A large low-priority job beside a stream of short high-priority ones: it waits long, and keeps its lease."""
-    large = make_job(model="roomy", priority="low", width=1024, height=1024, steps=4, deadline_s=3600)
+    """A large low-priority job beside a stream of short high-priority ones: it waits long, and keeps its lease.
+
+    Its patience is 32 times its step, which must be a second at least, on fast machines too.
+    """
+    large = make_job(model="roomy", priority="low", width=1536, height=1344, steps=4, deadline_s=3600)
     roomy, chance = bundle.with_name("roomy"), random.Random(seed)
     with Site(folder, f"roomy={roomy}") as site:
         site.start_crews(1)
