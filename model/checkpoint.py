@@ -12,7 +12,7 @@ What is wrong with the files is a CheckpointError. All names and shapes are chec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -132,9 +132,7 @@ def load_components(
     homes = dict.fromkeys(plans, (device, dtype))
     if encoders != "gpu":
         homes |= {part: (HOST, host_dtype if encoders == "cpu" else dtype) for part in TEXT_PARTS if part in plans}
-    for where in dict.fromkeys(home for home, _ in homes.values()):
-        here = {part: plan.nbytes(homes[part][1]) for part, plan in missing.items() if homes[part][0] == where}
-        check_room(here, where, free(where))
+    _check_rooms(missing, homes, free)
     with on(device):
         for part, plan in missing.items():
             nets[part] = plan.filled(*homes[part], sources.difference if part == MMDIT else None)
@@ -160,6 +158,17 @@ def load_components(
         revision=revision,
         shift=sources.shift,
     )
+
+
+def _check_rooms(
+    missing: Mapping[str, _Plan[Any]],
+    homes: Mapping[str, tuple[torch.device, torch.dtype]],
+    free: Callable[[torch.device], int | None],
+) -> None:
+    """Refuse nets that do not fit where they are to be. NoRoom."""
+    for where in dict.fromkeys(home for home, _ in homes.values()):
+        here = {part: plan.nbytes(homes[part][1]) for part, plan in missing.items() if homes[part][0] == where}
+        check_room(here, where, free(where))
 
 
 def outline(path: Path, *, load_t5: bool = True, variant: str | None = None) -> Outline:
