@@ -149,6 +149,23 @@ def test_a_graph_gives_what_its_kernels_give_bit_for_bit(choice: Choice, fp8: bo
 
 
 @torch.inference_mode()
+def test_a_failed_capture_leaves_the_next_ones_in_order() -> None:
+    record, side = CudaRecorder(CUDA, warm=False), torch.cuda.Stream()
+
+    def broken(x: Tensor) -> Tensor:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            x + 1
+        raise torch.OutOfMemoryError("none left")
+
+    with pytest.raises(torch.OutOfMemoryError, match="none left"):
+        record(broken, torch.ones(4, device=CUDA))
+    torch.cuda.empty_cache()
+    recording = record(lambda x: 2 * x, torch.ones(4, device=CUDA))
+    assert recording(torch.full((4,), 3.0, device=CUDA)).tolist() == [6.0] * 4
+
+
+@torch.inference_mode()
 def test_many_shapes_leave_no_growth() -> None:
     fast = FastMMDiT(random_mmdit(SMALL, CUDA))
     graphs = Graphs(CudaRecorder(CUDA), limit=12)
