@@ -84,11 +84,11 @@ def picture_in(path: Path) -> Image.Image:
 
 
 def colours(picture: Image.Image) -> set[str]:
-    """Which of red, green and blue outweigh the other two somewhere in the picture, by far."""
+    """Which of red, green and blue outweigh the other two somewhere in the picture, by far; an outline is enough."""
     red, green, blue = (0, 0, 0)
-    for r, g, b in picture.convert("RGB").resize((32, 32)).get_flattened_data():
+    for r, g, b in picture.convert("RGB").resize((128, 128), Image.Resampling.NEAREST).get_flattened_data():
         red, green, blue = red + (r > 2 * max(g, b)), green + (g > 2 * max(r, b)), blue + (b > 2 * max(r, g))
-    return {name for name, count in (("red", red), ("green", green), ("blue", blue)) if count > 10}
+    return {name for name, count in (("red", red), ("green", green), ("blue", blue)) if count > 40}
 
 
 def background(picture: Image.Image) -> str:
