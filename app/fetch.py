@@ -19,7 +19,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.progress import TransferSpeedColumn as SpeedColumn
 
 from app.hub import PUBLIC, FetchFailed, Hub, HubAway, NotAllowed, WrongSum
-from app.weights import INDEX, ModelFolder, Record, gigabytes, needed
+from app.weights import INDEX, ModelFolder, Record, needed
+from model.memory import gigabytes
 
 REPOSITORIES = {
     "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",

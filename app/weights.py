@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from app.hub import FetchFailed, Hub, NoRoom, RemoteFile, WrongSum
+from model.memory import gigabytes
 
 STREAMS = 4
 """Files that are fetched at a time: one connection seldom fills the line."""
@@ -314,11 +315,6 @@ class ModelFolder:
             if error.errno in _FULL:
                 raise NoRoom(f"the disk of {self.root} is full; the same command goes on from there") from None
             raise NoRoom(f"{self.root} cannot be written to: {error.strerror or error}") from None
-
-
-def gigabytes(count: int) -> str:
-    """Bytes in words."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count} bytes"
 
 
 def _free(folder: Path) -> int:

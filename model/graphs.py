@@ -52,7 +52,9 @@ class Graphs:
         self._runs = 0
         self._failed: dict[Hashable, int] = {}  # in which run recording a key failed
 
-    def __len__(self) -> int:
+    @property
+    def held(self) -> int:
+        """How many graphs there are. No __len__: without any yet, it would be falsy."""
         return len(self._recordings)
 
     def run(self, key: Hashable, function: Function, *inputs: Tensor) -> Tensor:
@@ -99,7 +101,7 @@ class Graphs:
     def _forget(self) -> None:
         """Keys without a graph are remembered for as long as graphs are, so that rare shapes do not pile up."""
         if len(self._used) > 8 * self.limit:
-            old = [key for key, run in self._used.items() if key not in self._recordings]
+            old = [key for key in self._used if key not in self._recordings]
             for key in sorted(old, key=self._used.__getitem__)[: len(old) // 2]:
                 del self._used[key]
                 self._failed.pop(key, None)

@@ -45,7 +45,7 @@ CARDS = (12, 16, 24, 40, 48, 80)
 
 def gigabytes(size: float) -> str:
     """Bytes for people."""
-    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size:.0f} bytes"
 
 
 def free_on_host() -> int | None:

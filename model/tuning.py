@@ -15,10 +15,11 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", default="large,medium", help="published sizes, comma-separated")
     parser.add_argument("--precisions", default="bf16,fp8")
     parser.add_argument("--out", type=Path, default=TABLE, help="the table to write into")
-    parser.add_argument("--profile", action="store_true", help="also print which kernels the time goes to")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("model.tuning: there is no CUDA device to measure", file=sys.stderr)
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if precision == "fp8" and not has_fp8(device):
                 continue
             config = VARIANTS[name].mmdit
-            lines = list(_measured(config, precision, device, name, options.profile))
+            lines = list(_measured(config, precision, device, name))
             _write(options.out, torch.cuda.get_device_name(device), f"{precision} {config.hidden}", lines)
             gc.collect()
             torch.cuda.empty_cache()
@@ -64,11 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @torch.inference_mode()
-def _measured(config: MMDiTConfig, precision: str, device: torch.device, name: str, profile: bool):  # type: ignore[no-untyped-def]
-    fast = FastMMDiT(random_mmdit(config, device))
+def _measured(config: MMDiTConfig, precision: str, device: torch.device, name: str) -> Iterator[dict[str, Any]]:
+    mmdit = random_mmdit(config, device)
     if precision == "fp8":
-        use_fp8(fast.mmdit)
-        fast = FastMMDiT(fast.mmdit)
+        use_fp8(mmdit)
+    fast = FastMMDiT(mmdit)
     for rows, side in SHAPES:
         if side // 16 > config.pos_embed_grid or (side == 1440 and not config.dual_blocks):
             continue
@@ -79,8 +79,6 @@ def _measured(config: MMDiTConfig, precision: str, device: torch.device, name: s
         best, ms = _best(time_of, device, rows)
         print(f"{name} {precision} {rows} x {side}x{side}: {best}", *(f"{k} {v:.2f}" for k, v in ms.items()), sep="  ")
         sys.stdout.flush()
-        if profile and (rows, side) in ((2, 1024), (2, 512)):
-            print(_kernels(partial(fast, x, modulation, text, best)), flush=True)
         yield entry(rows, (side // 16) ** 2, best, ms)
 
 
@@ -127,15 +125,6 @@ def _milliseconds(fast: FastMMDiT, inputs: tuple[Tensor, ...], recorder: CudaRec
         if time.monotonic() - began > 3 and len(found) >= 3:
             break
     return statistics.median(found)
-
-
-def _kernels(call: Callable[[], object]) -> str:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        call()
-        torch.cuda.synchronize()
-    rows = sorted(((e.self_device_time_total, e.count, e.key) for e in profiler.key_averages()), reverse=True)
-    whole = sum(row[0] for row in rows) or 1.0
-    return "\n".join(f"  {t / 1000:8.3f} ms {100 * t / whole:5.1f} % {n:5} x {key[:100]}" for t, n, key in rows[:16])
 
 
 def random_mmdit(config: MMDiTConfig, device: torch.device) -> MMDiT:

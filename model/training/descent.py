@@ -49,10 +49,8 @@ class Descent:
             loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
 
-        if self.graphs is None:
-            return self.attempt(lambda: work(*inputs))
-        graphs = self.graphs
-        return self.attempt(lambda: graphs.run(key, work, *inputs))
+        # Asked for anew in a second attempt, which has none.
+        return self.attempt(lambda: work(*inputs) if self.graphs is None else self.graphs.run(key, work, *inputs))
 
     def forget_gradients(self) -> None:
         """Zeros, in place: a graph writes to the same tensors always."""

@@ -55,7 +55,7 @@ def test_more_keys_than_there_is_place_for_run_plainly() -> None:
     for _ in range(5):
         for key in range(40):
             assert graphs.run(key, double, torch.tensor(key)).item() == 2 * key
-    assert len(graphs) == notebook.recorded == 8
+    assert graphs.held == notebook.recorded == 8
 
 
 def test_a_graph_that_was_long_not_used_gives_its_place_away() -> None:
@@ -91,7 +91,7 @@ def test_what_cannot_be_recorded_runs_plainly_and_is_not_tried_again(caplog: pyt
     for _ in range(IDLE_RUNS):
         graphs.run("a", double, torch.tensor(2))
     assert len(tries) == 2  # there may be memory again
-    assert len(graphs) == 0
+    assert graphs.held == 0
 
 
 def test_a_key_that_cannot_be_recorded_takes_no_graphs_place() -> None:
