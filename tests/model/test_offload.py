@@ -106,5 +106,7 @@ def test_each_place_is_asked_for_what_it_is_to_hold(diffusers_folder: Path, enco
     def free(device: torch.device) -> int:
         return 10**9 if device.type == "meta" else 1000
 
-    with pytest.raises(NoRoom, match=r"on cpu \(CLIP-L [\d.]+ MB, CLIP-G [\d.]+ MB, T5 [\d.]+ MB\), and 1000 bytes are"):
+    with pytest.raises(
+        NoRoom, match=r"on cpu \(CLIP-L [\d.]+ MB, CLIP-G [\d.]+ MB, T5 [\d.]+ MB\), and 1000 bytes are"
+    ):
         load_components(diffusers_folder, "meta", torch.float32, encoders=encoders, free=free)  # type: ignore[arg-type]
