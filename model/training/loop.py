@@ -164,7 +164,9 @@ class Log:
     def say(self, words: str) -> None:
         """Print a line, of several processes only the one that leads."""
         if team.leads():
-            print(words, flush=True)
+            # One write: print makes two when Python is unbuffered, and the processes of a team share the terminal.
+            sys.stdout.write(words + "\n")
+            sys.stdout.flush()
 
 
 @dataclass(frozen=True)
