@@ -16,13 +16,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.choices import TABLE, entry
 from model.config import VARIANTS, MMDiTConfig
@@ -38,6 +39,9 @@ SHAPES = ((1, 512), (2, 512), (4, 512), (8, 512), (2, 768), (1, 1024), (2, 1024)
 """Rows and side in pixels."""
 
 ROUNDS = 6
+STD = 0.02  # of random weights
+
+N = TypeVar("N", bound=nn.Module)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,20 +131,35 @@ def _milliseconds(fast: FastMMDiT, inputs: tuple[Tensor, ...], recorder: CudaRec
     return statistics.median(found)
 
 
-def random_mmdit(config: MMDiTConfig, device: torch.device) -> MMDiT:
-    """Weights of the published size in bf16, random: what is measured does not depend on them."""
+@contextmanager
+def born(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Modules built here are initialised on the device, in the dtype."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
         with device:
-            mmdit = MMDiT(config)
+            yield
     finally:
         torch.set_default_dtype(before)
+
+
+def randomized(net: N) -> N:
+    """Every weight random at sizes that keep activations sane; modulations too, for zeros would switch blocks off."""
+    torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in mmdit.parameters():
-            parameter.normal_(0, 0.02)
-    mmdit.pos_embed.copy_(position_table(config.hidden, config.pos_embed_grid))
-    return mmdit.requires_grad_(False).eval()
+        for name, tensor in net.named_parameters():
+            tensor.normal_(0, STD)
+            if name.endswith("weight") and tensor.ndim == 1:
+                tensor.add_(1)
+    if isinstance(net, MMDiT):
+        net.pos_embed.copy_(position_table(net.config.hidden, net.config.pos_embed_grid))
+    return net.requires_grad_(False).eval()
+
+
+def random_mmdit(config: MMDiTConfig, device: torch.device) -> MMDiT:
+    """A transformer in bf16 with random weights: its speed does not depend on them."""
+    with born(device, torch.bfloat16):
+        return randomized(MMDiT(config))
 
 
 def _write(path: Path, gpu: str, key: str, lines: list[dict[str, object]]) -> None:

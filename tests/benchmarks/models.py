@@ -13,9 +13,10 @@ from model.config import VARIANTS, VAEConfig
 from model.mmdit import MMDiT
 from model.pipeline import Pipeline
 from model.text import T5_LENGTH, TextEncoders
+from model.tuning import born, randomized
 from model.vae import VAE
 from tests.benchmarks.workload import Request
-from tests.gpu.nets import born, full_encoders, randomized, tiny_encoders
+from tests.gpu.nets import full_encoders, tiny_encoders
 from tests.model import tiny
 from tests.tiny_bundle import save_tiny_bundle
 from worker.models import Loader, pick_device

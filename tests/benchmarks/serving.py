@@ -10,6 +10,7 @@ In this process, without HTTP and Redis: the engine and the pipelines alone. Pic
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -45,8 +46,10 @@ class Cell:
     solo: Mapping[Request, float]
 
     def latency(self, percent: int, *, short: bool = False) -> float:
-        """Seconds that so many percent of the requests took at most."""
+        """Seconds that so many percent of the requests took at most; NaN: there was none."""
         found = [one.latency for one in self.served if one.request.short or not short]
+        if len(found) < 2:
+            return found[0] if found else math.nan
         return statistics.quantiles(found, n=100, method="inclusive")[percent - 1]
 
     def within(self, factor: float) -> float:

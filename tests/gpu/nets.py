@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from model.checkpoint import export_diffusers
 from model.config import VARIANTS, MMDiTConfig, VAEConfig
-from model.layers import position_table
-from model.mmdit import MMDiT
 from model.pipeline import Pipeline
 from model.text import T5_LENGTH, TextEncoders
+from model.tuning import born, random_mmdit, randomized
 from model.vae import VAE
 from tests.model import tiny
 
-STD = 0.02  # of every weight, the modulations' too: zeros would switch blocks off
-
-N = TypeVar("N", bound=nn.Module)
 Encoders = tuple[CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel]
 
 
@@ -75,37 +69,6 @@ def sized(name: str, small: bool) -> Size:
     return Size(name, net, tiny.TINY_VAE, 64, 77, 4, spec.guidance_scale, tiny_encoders)
 
 
-@contextmanager
-def born(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Modules built here are initialised on the device, in the dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def randomized(net: N) -> N:
-    """Every weight random at sizes that keep activations sane."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in net.named_parameters():
-            tensor.normal_(0, STD)
-            if name.endswith("weight") and tensor.ndim == 1:
-                tensor.add_(1)
-    if isinstance(net, MMDiT):
-        net.pos_embed.copy_(position_table(net.config.hidden, net.config.pos_embed_grid))
-    return net.requires_grad_(False).eval()
-
-
-def random_mmdit(size: Size, device: torch.device) -> MMDiT:
-    """The transformer in bf16."""
-    with born(device, torch.bfloat16):
-        return randomized(MMDiT(size.mmdit))
-
-
 def random_parts(size: Size, device: torch.device, *, encoders: bool = True) -> tuple[VAE, TextEncoders]:
     """VAE and encoders in bf16, which models of one family share; tiny encoders where nothing is to be encoded."""
     with born(device, torch.bfloat16):
@@ -117,7 +80,7 @@ def random_parts(size: Size, device: torch.device, *, encoders: bool = True) -> 
 
 def random_pipeline(size: Size, device: torch.device, *, encoders: bool = True) -> Pipeline:
     """One model in bf16; without `encoders` it can denoise and decode, but not read."""
-    mmdit = random_mmdit(size, device)
+    mmdit = random_mmdit(size.mmdit, device)
     return Pipeline(mmdit, *random_parts(size, device, encoders=encoders), t5_length=size.t5_length)
 
 

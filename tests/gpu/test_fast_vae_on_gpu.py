@@ -15,8 +15,9 @@ from model.fast_text import FastTextEncoders
 from model.fast_vae import FastDecoder
 from model.graphs import CudaRecorder, Graphs
 from model.text import TextEncoders
+from model.tuning import born
 from model.vae import VAE
-from tests.gpu.nets import born, tiny_encoders
+from tests.gpu.nets import tiny_encoders
 from tests.model import tiny
 from tests.model.compare_groupnorm import TOLERANCES, wrong
 

@@ -17,12 +17,13 @@ from model.params import GenerationParams
 from model.pipeline import Decode, Denoise, Encode, Latents, Pipeline, generate, run
 from model.sampling import schedule
 from model.text import CLIP_LENGTH, Text
+from model.tuning import random_mmdit
 from tests.benchmarks.gpu import flops, peers, start
 from tests.benchmarks.gpu.ceilings import Ceilings
 from tests.benchmarks.gpu.table import Finding, Goal
 from tests.benchmarks.gpu.timing import Call, Spread, by_the_clock, in_a_row, interleaved, kernels
 from tests.gpu.errors import forward_errors
-from tests.gpu.nets import Size, random_mmdit, random_parts, random_pipeline, sized
+from tests.gpu.nets import Size, random_parts, random_pipeline, sized
 
 STEPS_IN_A_ROW = 4
 SMALL_SIDES = {512: 32, 1024: 64, 1440: 96}
@@ -249,7 +250,7 @@ def resident(bench: Bench, name: str) -> Iterator[Finding]:
     """Memory of three models that share VAE and encoders, and the most of it while one picture is made."""
     device, large = bench.device, bench.size("large")
     vae, text = random_parts(large, device)
-    nets = [random_mmdit(bench.size(variant), device) for variant in ("large", "large-turbo", "medium")]
+    nets = [random_mmdit(bench.size(variant).mmdit, device) for variant in ("large", "large-turbo", "medium")]
     pipelines = [Pipeline(net, vae, text, t5_length=large.t5_length) for net in nets]
     held = (
         torch.cuda.memory_allocated(device)
