@@ -229,10 +229,11 @@ class _Run:
         heads, tokens = ours.heads, self.image + self.text
         if self.choice.apart:
             joint = self.modulation.new_empty((self.batch, tokens, 3 * fast.config.hidden))
+            qkv = joint.unflatten(-1, (3, heads, -1))
             for b in range(self.batch):
                 product(ours.qkv, _part(image, b, self.batch), joint[b, : self.image])
                 product(theirs.qkv, _part(text, b, self.batch), joint[b, self.image :])
-            qkv = norm_heads(joint.unflatten(-1, (3, heads, -1)), fast.norms[n], self.image)
+                norm_heads(qkv[b : b + 1], fast.norms[n], self.image)  # while the GPU's cache still has most of it
         else:
             made = (self.product(ours.qkv, image), self.product(theirs.qkv, text))
             shaped = [part.view(self.batch, -1, 3, heads, fast.config.hidden // heads) for part in made]

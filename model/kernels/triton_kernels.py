@@ -1,4 +1,8 @@
-"""The fused operations of `elementwise`, in Triton. One program does one row; all arithmetic is in fp32."""
+"""The fused operations of `elementwise`, in Triton. One program does one row; all arithmetic is in fp32.
+
+Programs begin with the last rows, which whoever wrote the input wrote last: those are still in the L2 cache. So the
+first rows are written last, with which the matrix product that comes next begins.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,11 @@ SMALLEST_SCALE = tl.constexpr(1e-12)
 
 # A row is held as two tiles, MAIN and REST, whose widths are powers of two: one tile of the next power of two would be
 # two fifths empty for rows of 2,432 or 9,728. REST is 0 where the row is a power of two.
+
+
+@triton.jit
+def _newest_first():
+    return (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
 
 
 @triton.jit
@@ -82,7 +91,7 @@ def _add_and_norm_kernel(
     HIDDEN: tl.constexpr, EPS: tl.constexpr, BRANCHES: tl.constexpr, WANTED: tl.constexpr,
     BIASED_0: tl.constexpr, BIASED_1: tl.constexpr, QUANTIZED: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row = _newest_first()
     batch, token = row // tokens, row % tokens
     c, d = tl.arange(0, MAIN), MAIN + tl.arange(0, REST if REST else 1)
     m, n = c < HIDDEN, d < HIDDEN
@@ -153,7 +162,8 @@ def _norm_heads_kernel(
     qkv, weights, tokens, image,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    program = _newest_first()
+    row, which = program // 2, program % 2
     heads, dims = tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM)
     mask = (heads < HEADS)[:, None]
     at = qkv + (row * 3 + which) * (HEADS * HEAD_DIM) + heads[:, None] * HEAD_DIM + dims[None, :]
@@ -166,7 +176,7 @@ def _norm_heads_kernel(
 def norm_heads(qkv: Tensor, weights: Tensor, image: int) -> Tensor:
     """See elementwise."""
     batch, tokens, _, heads, head_dim = qkv.shape
-    _norm_heads_kernel[(batch * tokens, 2)](
+    _norm_heads_kernel[(batch * tokens * 2,)](
         qkv, weights, tokens, image, heads, head_dim, NORM_EPS, BLOCK=triton.next_power_of_2(heads), num_warps=4
     )
     return qkv
@@ -177,7 +187,8 @@ def _joined_heads_kernel(
     image_qkv, text_qkv, weights, out, image, text,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, EPS: tl.constexpr, NORMED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    program = _newest_first()
+    row, which = program // 3, program % 3
     tokens = image + text
     batch, token = row // tokens, row % tokens
     heads, dims = tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM)
@@ -202,7 +213,7 @@ def joined_heads(image: Tensor, text: Tensor | None, weights: Tensor | None) -> 
     batch, first, three, heads, head_dim = image.shape
     second = 0 if text is None else text.shape[1]
     out = image.new_empty((batch, first + second, three, heads, head_dim))
-    _joined_heads_kernel[(batch * (first + second), 3)](
+    _joined_heads_kernel[(batch * (first + second) * 3,)](
         image, image if text is None else text, image if weights is None else weights, out, first, second,
         heads, head_dim, NORM_EPS, weights is not None, BLOCK=triton.next_power_of_2(heads), num_warps=4,
     )  # fmt: skip
@@ -225,7 +236,7 @@ def _quantize_kernel(
     x, batch_stride, row_stride, values, scales, tokens,
     WIDTH: tl.constexpr, GELU: tl.constexpr, EXACT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row = _newest_first()
     at = x + row // tokens * batch_stride + row % tokens * row_stride
     c, d = tl.arange(0, MAIN), MAIN + tl.arange(0, REST if REST else 1)
     m, n = c < WIDTH, d < WIDTH
