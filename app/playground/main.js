@@ -55,10 +55,15 @@ async function tried(work) {
   }
 }
 
+/** What to post, with a last look for models if none is known yet; null if something in the form cannot be right. */
+async function bodiesOfForm() {
+  if (!request.models.chosen.length) await lookForModels();
+  return request.bodies();
+}
+
 async function develop() {
   keys.reconsider();
-  if (!request.models.chosen.length) await lookForModels();
-  const bodies = request.bodies();
+  const bodies = await bodiesOfForm();
   if (!bodies) return;
   const button = byId("develop");
   button.disabled = true;
@@ -210,8 +215,8 @@ sheet.addEventListener("open", ({ detail }) => {
   stage.show(detail);
   stage.reveal();
 });
-byId("request-code").addEventListener("click", () => {
-  const bodies = request.bodies();
+byId("request-code").addEventListener("click", async () => {
+  const bodies = await bodiesOfForm();
   if (bodies) code.open(bodies[0]);
 });
 byId("older").addEventListener("click", older);

@@ -8,7 +8,8 @@ import { keep, recallJson } from "./storage.js";
 const NAME = "darkroom.request";
 const MAX_SEED = 2 ** 53 - 5;
 const TEXTS = ["prompt", "negative_prompt", "seed", "sampler", "output_format"];
-const FIELDS = [...TEXTS, "model", "width", "height", "steps", "guidance_scale", "num_images"];
+const DIALS = ["steps", "guidance_scale"];
+const FIELDS = [...TEXTS, "model", "width", "height", ...DIALS, "num_images"];
 
 export class RequestForm extends EventTarget {
   #modelNames = "";
@@ -20,7 +21,7 @@ export class RequestForm extends EventTarget {
     this.models = new ModelPicker();
     this.size = new SizePicker();
     this.lock = byId("seed-lock");
-    for (const name of ["steps", "guidance_scale"]) this.#couple(byId(name), byId(`${name}-range`));
+    for (const name of DIALS) this.#couple(byId(name), byId(`${name}-range`));
     this.#wire();
     this.#restore(this.#restored);
   }
@@ -40,16 +41,17 @@ export class RequestForm extends EventTarget {
     });
   }
 
-  /** Model cards, as the server has them now. */
+  /** Model cards, as the server has them now. What was kept or typed before the first came stays. */
   offer(cards) {
+    const early = this.#modelNames ? [] : DIALS.map((name) => [name, byId(name).value]).filter(([, value]) => value);
     this.models.offer(cards);
     if (this.#restored.models && cards.length) {
-      const { models, steps, guidance_scale } = this.#restored;
+      const { models } = this.#restored;
       this.#restored = {};
       this.models.choose(models);
-      if (steps) this.#setDial("steps", steps);
-      if (guidance_scale) this.#setDial("guidance_scale", guidance_scale);
     }
+    for (const [name, value] of early) this.#setDial(name, value);
+    if (early.length) this.#save();
   }
 
   /** The bodies to post, one a model; null, the fields marked, if something in them cannot be right. */
@@ -172,7 +174,7 @@ export class RequestForm extends EventTarget {
     const names = cards.map((card) => card.name).join();
     const comparing = cards.length > 1;
     byId("own-note").hidden = !comparing;
-    for (const name of ["steps", "guidance_scale"]) {
+    for (const name of DIALS) {
       for (const input of [byId(name), byId(`${name}-range`)]) input.disabled = comparing;
     }
     if (!cards.length) return;
@@ -274,6 +276,7 @@ export class RequestForm extends EventTarget {
 
   #restore(kept) {
     for (const name of TEXTS) if (typeof kept[name] === "string") byId(name).value = kept[name];
+    for (const name of DIALS) if (kept[name]) this.#setDial(name, kept[name]);
     byId("output_format").value ||= "png";
     byId("negative").open = Boolean(kept.negative_prompt);
     if (kept.width && kept.height) {

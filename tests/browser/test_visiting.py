@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from tests.browser.conftest import PICTURE_MS, develop, expect_pictures, shoot, use_key
 from tests.e2e.conftest import Up
@@ -24,6 +25,33 @@ def test_a_reload_keeps_form_stage_and_gallery(page: Page) -> None:
     expect(page.locator("#frames img")).to_have_count(1)
     expect(page.get_by_label("Prompt", exact=True)).to_have_value(CIRCLE)
     expect(page.get_by_role("spinbutton", name="Steps")).to_have_value("4")
+
+
+def test_a_second_reload_keeps_the_form_too(page: Page) -> None:
+    page.get_by_label("Prompt", exact=True).fill(CIRCLE)
+    page.get_by_role("spinbutton", name="Steps").fill("5")
+    page.get_by_role("spinbutton", name="Steps").blur()
+    for _ in range(2):
+        page.reload()
+        expect(page.get_by_role("radio", name="demo")).to_be_checked()
+        expect(page.get_by_role("spinbutton", name="Steps")).to_have_value("5")
+
+
+def test_what_is_typed_before_the_models_are_known_stays_and_becomes_code(page: Page) -> None:
+    held: list[Route] = []
+    released = threading.Event()
+    page.route("**/v1/models", lambda route: route.continue_() if released.is_set() else held.append(route))
+    page.reload()
+    page.get_by_label("Prompt", exact=True).fill(CIRCLE)
+    page.get_by_role("spinbutton", name="Steps").fill("3")
+    page.get_by_role("button", name="Code").first.click()
+    expect(page.get_by_role("radio", name="demo")).to_have_count(0)
+    released.set()
+    for route in held:
+        route.continue_()
+    expect(page.locator("#code-text")).to_contain_text('"steps": 3')
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("spinbutton", name="Steps")).to_have_value("3")
 
 
 def test_a_reload_goes_on_with_what_runs(page: Page) -> None:
