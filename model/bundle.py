@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from model.config import MMDiTConfig, VAEConfig
 from model.keys import Rule, mmdit_rules, vae_rules
 from model.mmdit import MMDiT
-from model.sampling import SHIFT, TRAIN_STEPS, Shift, Stretched
+from model.sampling import SHIFT, TRAIN_STEPS, Growth, Shift
 from model.text import TextEncoders
 from model.vae import VAE
 from model.weights import CheckpointError
@@ -28,6 +29,12 @@ TRANSFORMER, VAE_FOLDER = "transformer", "vae"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # CLIP-L, CLIP-G, T5
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 NET_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"
+
+OTHER_SCHEDULES = (
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling"
+)  # fmt: skip
+UNSHIFTED = Shift(1.0)
+LARGEST_LOG_SHIFT = 10.0
 
 Json = dict[str, Any]
 
@@ -90,25 +97,48 @@ def vae_config_from(path: Path) -> VAEConfig:
     )
 
 
-def shift_from(path: Path, default: Shift = 1.0) -> Shift:
+def shift_from(path: Path, default: Shift = UNSHIFTED) -> Shift:
     """Read the timestep shift of scheduler/scheduler_config.json, or of a variant's card, whose base has `default`."""
     config = _Config(path)
-    config.only("use_dynamic_shifting", False, default=False)
-    usual = default if isinstance(default, Stretched) else Stretched(default, 0.0)
-    shift = float(config.number("shift", usual.shift, kind=(int, float)))
-    terminal = float(config.number("shift_terminal", usual.terminal, kind=(int, float), null=0.0))
-    if shift <= 0:
-        raise CheckpointError(f"{path}: shift is {shift:g}, expected more than 0")
+    for key in OTHER_SCHEDULES:
+        config.only(key, False, default=False)
+    terminal = float(config.number("shift_terminal", default.terminal, kind=(int, float), null=0.0))
     if terminal >= 1:
         raise CheckpointError(f"{path}: shift_terminal is {terminal:g}, expected less than 1")
-    return Stretched(shift, terminal) if terminal else shift
+    grows = isinstance(default.by, Growth) and "shift" not in config.data
+    if config.only("use_dynamic_shifting", True, False, default=grows):
+        return Shift(_growth(config, default.by if isinstance(default.by, Growth) else Growth()), terminal)
+    shift = float(config.number("shift", 1.0 if isinstance(default.by, Growth) else default.by, kind=(int, float)))
+    if shift <= 0:
+        raise CheckpointError(f"{path}: shift is {shift:g}, expected more than 0")
+    return Shift(shift, terminal)
+
+
+def _growth(config: _Config, usual: Growth) -> Growth:
+    config.only("time_shift_type", "exponential", default="exponential")
+    found = Growth(
+        base_shift=float(config.number("base_shift", usual.base_shift, kind=(int, float), signed=True)),
+        max_shift=float(config.number("max_shift", usual.max_shift, kind=(int, float), signed=True)),
+        base_image_seq_len=config.number("base_image_seq_len", usual.base_image_seq_len),
+        max_image_seq_len=config.number("max_image_seq_len", usual.max_image_seq_len),
+    )
+    if found.base_image_seq_len >= found.max_image_seq_len:
+        raise CheckpointError(
+            f"{config.path}: base_image_seq_len is {found.base_image_seq_len}, "
+            f"expected less than max_image_seq_len, which is {found.max_image_seq_len}"
+        )
+    if max(abs(found.base_shift), abs(found.max_shift)) > LARGEST_LOG_SHIFT:
+        raise CheckpointError(
+            f"{config.path}: base_shift is {found.base_shift:g} and max_shift {found.max_shift:g}, "
+            f"expected from -{LARGEST_LOG_SHIFT:g} to {LARGEST_LOG_SHIFT:g}, for they are logarithms"
+        )
+    return found
 
 
 def shift_json(shift: Shift) -> Json:
     """The keys that `shift_from` reads."""
-    if isinstance(shift, Stretched):
-        return {"shift": shift.shift, "shift_terminal": shift.terminal}
-    return {"shift": shift}
+    by = {"use_dynamic_shifting": True, **asdict(shift.by)} if isinstance(shift.by, Growth) else {"shift": shift.by}
+    return {**by, "shift_terminal": shift.terminal} if shift.terminal else by
 
 
 class _Config:

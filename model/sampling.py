@@ -13,25 +13,47 @@ from torch import Tensor
 
 from model.params import Sampler
 
-SHIFT = 3.0
-"""Of the published models' schedules."""
-
 TRAIN_STEPS = 1000
 
 
 @dataclass(frozen=True)
-class Stretched:
-    """A timestep shift whose levels are then stretched: the last one before 0 is `terminal`.
+class Growth:
+    """A timestep shift that grows with the picture: its logarithm is linear in the image's tokens.
 
-    The published levels end at 0.009, so a run of few steps wastes one. diffusers has the same as `shift_terminal`.
+    In a large picture the same noise hides less, so what decides where things are comes at higher levels
+    (arXiv:2403.03206, section 5.3.2). diffusers has it as `use_dynamic_shifting`, and the names are its own.
     """
 
-    shift: float
-    terminal: float  # above 0, below 1
+    base_shift: float = 0.5  # the logarithm for base_image_seq_len tokens
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096  # 1024x1024
+
+    def factor(self, tokens: int) -> float:
+        """The shift for an image of so many tokens."""
+        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+        return math.exp(self.base_shift + slope * (tokens - self.base_image_seq_len))
 
 
-Shift = float | Stretched
-"""How the noise levels of a run are spaced."""
+@dataclass(frozen=True)
+class Shift:
+    """How the noise levels of a run are spaced.
+
+    by : the timestep shift, one for all pictures or one that grows with them
+    terminal : where the last level before 0 is then moved to, and the others in proportion; 0: it stays. The published
+        levels end at 0.009, so a run of few steps wastes one. diffusers has the same as `shift_terminal`.
+    """
+
+    by: float | Growth = 3.0
+    terminal: float = 0.0
+
+    def factor(self, tokens: int) -> float:
+        """The timestep shift for an image of so many tokens."""
+        return self.by.factor(tokens) if isinstance(self.by, Growth) else self.by
+
+
+SHIFT = Shift()
+"""Of the published models' schedules."""
 
 
 class Step(NamedTuple):
@@ -46,21 +68,25 @@ class Step(NamedTuple):
     previous: float
 
 
-def shifted(t: float, shift: float = SHIFT) -> float:
+def shifted(t: float, shift: float) -> float:
     """The timestep shift of SD3 (arXiv:2403.03206, section 5.3.2): more steps at high noise for large pictures."""
     return shift * t / (1 + (shift - 1) * t)
 
 
-def sigmas(steps: int, shift: Shift = SHIFT) -> tuple[float, ...]:
+def sigmas(steps: int, shift: Shift = SHIFT, tokens: int = 4096) -> tuple[float, ...]:
     """The noise levels of a run, from 1 down to 0; `steps` + 1 of them.
 
-    The published schedule shifts its lower end twice, so the last level before 0 is 0.0089 for shift 3.
+    The published schedule shifts its lower end twice, so the last level before 0 is 0.0089 for shift 3; one that grows
+    with the picture shifts it once.
+
+    tokens : of the image, which a shift may grow with; by default of 1024x1024
     """
-    if isinstance(shift, Stretched):
-        return _stretched(sigmas(steps, shift.shift), shift.terminal)
-    low = shifted(1 / TRAIN_STEPS, shift)
+    factor, low = shift.factor(tokens), 1 / TRAIN_STEPS
+    if not isinstance(shift.by, Growth):
+        low = shifted(low, factor)
     stride = (1 - low) / (steps - 1) if steps > 1 else 0.0
-    return (*(shifted(1 - i * stride, shift) for i in range(steps)), 0.0)
+    levels = (*(shifted(1 - i * stride, factor) for i in range(steps)), 0.0)
+    return _stretched(levels, shift.terminal) if shift.terminal else levels
 
 
 def _stretched(levels: tuple[float, ...], terminal: float) -> tuple[float, ...]:
@@ -94,10 +120,10 @@ def dpmpp_2m(levels: Sequence[float]) -> list[Step]:
     return steps
 
 
-def schedule(sampler: Sampler, steps: int, shift: Shift = SHIFT) -> list[Step]:
-    """The steps of a run."""
+def schedule(sampler: Sampler, steps: int, shift: Shift = SHIFT, tokens: int = 4096) -> list[Step]:
+    """The steps of a run for an image of so many tokens."""
     solver = {"euler": euler, "dpmpp_2m": dpmpp_2m}[sampler]
-    return solver(sigmas(steps, shift))
+    return solver(sigmas(steps, shift, tokens))
 
 
 def noise(seed: int, width: int, height: int, channels: int = 16) -> Tensor:

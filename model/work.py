@@ -174,7 +174,7 @@ def generate(
     text, *rest = yield Encode(prompts, deterministic)
     negative = rest[0] if rest else None
     latents = yield Begin(params.seed, params.width, params.height)
-    steps = schedule(params.sampler, params.steps, shift)
+    steps = schedule(params.sampler, params.steps, shift, image_tokens(params.width, params.height))
     levels = tuple(step.sigma for step in steps)
     for step in steps:
         yield Denoise(latents, step, text, negative, params.guidance_scale, deterministic, levels)

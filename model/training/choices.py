@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from model.config import MMDiTConfig
-from model.sampling import Stretched
 from model.training.demo import MMDITS
 from model.training.distillation import TURBO_TOKENS, Distillation, turbo_plan
 from model.training.flow import FlowTraining
@@ -60,12 +59,11 @@ def distillation(options: argparse.Namespace, given: Mapping[str, Any]) -> Disti
     """The settings of a distillation. Errors: ValueError, SourceError."""
     tokens = options.tokens or TURBO_TOKENS
     plan = plan_of(_sizes(options.sizes), tokens) if options.sizes else turbo_plan(tokens)
-    names = ("teacher", "rank", "steps", "guidance", "substeps", "own", "measured")
+    names = ("teacher", "rank", "steps", "guidance", "shift", "terminal", "substeps", "own", "measured")
     chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return Distillation(
         plan=plan,
         source=source_of(options.pictures, options.function, min(s.frame.shorter for p in plan for s in p.sizes)),
-        shift=Stretched(options.shift, options.terminal) if options.terminal else options.shift,
         samples=not options.no_samples,
         **(chosen | dict(given)),
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.bundle import shift_json
 from model.mmdit import MMDiT
-from model.sampling import Shift, Stretched
+from model.sampling import Shift
 from model.training import team
 from model.training.adapters import adapted
 from model.training.compiling import load_compiled, save_compiled
@@ -41,9 +41,10 @@ from model.training.plan import Phase, Plan, Size, phase_at
 from model.training.sources import HELD_OUT_SEEDS, Drawings, Source
 from model.training.teacher import Teacher, Texts, load_teacher, write_comparison
 from model.training.windows import Window, guided, velocity, windows
+from model.work import image_tokens
 
-SHIFT = Stretched(3.0, 0.4)
-"""Levels 1, 0.91, 0.76 and 0.4 for four steps: the published ones would spend the last step on the last 0.9 %."""
+TERMINAL = 0.4
+"""Levels 1, 0.91, 0.76 and 0.4 for four steps at shift 3: the published ones would spend the last step on 0.9 %."""
 
 DISTANCES = 2 * HELD_OUT_SEEDS - (1 << 20)
 """Captions from this seed on are for measuring."""
@@ -71,7 +72,8 @@ class Distillation:
     minutes: float
     rank: int = 32
     steps: int = 4
-    shift: Shift = SHIFT
+    shift: float | None = None  # of the student's noise levels; None: as the teacher's
+    terminal: float = TERMINAL  # its last noise level before 0; 0: as published
     guidance: float | None = None  # the teacher's; None: as its card says
     substeps: int = 4  # of the teacher in one window
     own: float = 0.5  # share of the rows that go on from the student's own windows
@@ -96,9 +98,10 @@ class Distillation:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.own <= 1:
             raise ValueError(f"own is {self.own}, expected 0 to 1")
-        usual = self.shift if isinstance(self.shift, Stretched) else Stretched(self.shift, 0.0)
-        if usual.shift <= 0 or not 0 <= usual.terminal < 1:
-            raise ValueError(f"shift is {self.shift}, expected more than 0, and a terminal from 0 to below 1")
+        if self.shift is not None and self.shift <= 0:
+            raise ValueError(f"shift is {self.shift}, expected more than 0")
+        if not 0 <= self.terminal < 1:
+            raise ValueError(f"terminal is {self.terminal}, expected from 0 to below 1")
 
 
 def distil(settings: Distillation, device: torch.device) -> dict[str, float]:
@@ -124,7 +127,7 @@ def distil(settings: Distillation, device: torch.device) -> dict[str, float]:
     if settings.samples and teacher.vae is not None:
         average.swap()
         with torch.compiler.set_stance("force_eager"):
-            write_comparison(teacher, student, settings.steps, settings.shift, settings.out / "turbo.png")
+            write_comparison(teacher, student, settings.steps, run.shift, settings.out / "turbo.png")
         leg.log.say(f"samples after {leg.clock.elapsed:.0f} s")
     return measures
 
@@ -150,7 +153,7 @@ class Run:
         self.settings, self.teacher, self.student, self.average, self.leg = settings, teacher, student, average, leg
         self.clock, self.log, self.device = leg.clock, leg.log, leg.device
         self.scale = teacher.guidance if settings.guidance is None else settings.guidance
-        self.windows = windows(settings.steps, settings.shift, settings.substeps)
+        self.shift = Shift(settings.shift or teacher.shift.by, settings.terminal)
         self.random = random.Random(settings.seed)
         self.descent = Descent(average, leg, settings.peak, self._new_optimizers)
         self.descent.compiled = settings.compiled
@@ -215,12 +218,16 @@ class Run:
         x = torch.randn(size.batch, channels, size.height // 8, size.width // 8, device=self.device)
         own = torch.rand(size.batch, 1, 1, 1, device=self.device) < self.settings.own
         losses = []
-        for window in self.windows:
+        for window in self.windows(size):
             loss, ends, own_ends = self._step(x, window, texts)
             losses.append(loss)
             x = torch.where(own, own_ends, ends)
         self.rows += size.batch * team.size()
         return losses
+
+    def windows(self, size: Size) -> list[Window]:
+        """A run's windows for pictures of this size."""
+        return windows(self.settings.steps, self.shift, self.settings.substeps, image_tokens(size.width, size.height))
 
     def _texts(self, size: Size) -> Texts:
         tokens = self.feed.take(size.batch, size.frame).tokens
@@ -273,7 +280,7 @@ class Run:
             start = torch.randn(shape, generator=generator).to(self.device)
             with self.leg.autocast():
                 theirs, own = start, start
-                for window in self.windows:
+                for window in self.windows(size):
                     theirs = guided(self.teacher, theirs, window, texts, self.scale)
                     own = own - (window.start - window.end) * velocity(self.student, own, window.start, texts)
             errors += (own - theirs).square().sum().item()
@@ -291,7 +298,7 @@ class Run:
             settings.out,
             {
                 "what": "turbo", "teacher": self.teacher.revision, "pictures": settings.source.name,
-                "rank": settings.rank, "steps": settings.steps, "shift": shift_json(settings.shift),
+                "rank": settings.rank, "steps": settings.steps, "shift": shift_json(self.shift),
                 "guidance": self.scale, "substeps": settings.substeps, "own": settings.own, "metrics": measures,
                 "minutes": round(leg.clock.elapsed / 60, 2), "seed": settings.seed, "begin": settings.begin,
                 "end": settings.end, "peak": settings.peak, "plan": [asdict(phase) for phase in settings.plan],

@@ -10,11 +10,15 @@ import torch
 
 from model.params import GenerationParams
 from model.pipeline import Pipeline, generate, run
+from model.sampling import Growth, Shift
 from model.training.net import FlowNet
 from model.training.sheets import contact_sheet
 from model.vae import VAE
 
-STEPS, GUIDANCE, SHIFT = 16, 4.0, 3.0
+STEPS, GUIDANCE = 16, 4.0
+SHIFT = Shift(Growth(base_shift=1.1, max_shift=1.95, base_image_seq_len=1024, max_image_seq_len=4096))
+"""3 at 512x512 and 7 at 1024x1024."""
+
 SECONDS = 20.0
 """Sheets that are not begun by then are left out."""
 

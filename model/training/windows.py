@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.mmdit import MMDiT
-from model.sampling import Shift, Stretched, shifted, sigmas
+from model.sampling import Shift, shifted, sigmas
 from model.training.teacher import Teacher, Texts
 
 
@@ -30,11 +30,11 @@ class Window:
         return self.levels[-1]
 
 
-def windows(steps: int, shift: Shift, substeps: int) -> list[Window]:
-    """A run's windows; the levels in each are spaced as the schedule spaces its own."""
-    factor = shift.shift if isinstance(shift, Stretched) else shift
+def windows(steps: int, shift: Shift, substeps: int, tokens: int) -> list[Window]:
+    """The windows of a run for an image of so many tokens; levels in each are spaced as the schedule spaces its own."""
+    factor = shift.factor(tokens)
     found = []
-    for start, end in pairwise(sigmas(steps, shift)):
+    for start, end in pairwise(sigmas(steps, shift, tokens)):
         first, last = shifted(start, 1 / factor), shifted(end, 1 / factor)
         between = [shifted(first + (last - first) * n / substeps, factor) for n in range(1, substeps)]
         found.append(Window((start, *between, end)))

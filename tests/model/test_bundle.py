@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ModelMixin, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
 from model.checkpoint import Components, export_diffusers, load_components
+from model.sampling import Growth, Shift
 from tests.model.tiny import assert_same_weights, nets
 
 SHARD = 1_000_000  # bytes
@@ -46,6 +47,14 @@ def test_diffusers_reads_an_exported_folder_with_the_weights_it_had(
         prompt = "The red cat, 42!"
         assert getattr(found, name)(prompt)["input_ids"] == getattr(pipe, name)(prompt)["input_ids"]
     assert found.scheduler.config.shift == 3.0
+
+
+def test_a_shift_that_grows_is_written_as_diffusers_has_it(components: Components, tmp_path: Path) -> None:
+    shift = Shift(Growth(base_shift=1.1, max_shift=1.95, base_image_seq_len=1024), terminal=0.4)
+    export_diffusers(tmp_path / "bundle", components.mmdit, components.vae, components.text, shift=shift)
+    assert load_components(tmp_path / "bundle", "cpu", torch.float32).shift == shift
+    config = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "bundle", subfolder="scheduler").config
+    assert (config.use_dynamic_shifting, config.max_shift, config.shift_terminal) == (True, 1.95, 0.4)
 
 
 def test_exported_folder_loads_as_what_was_exported(exported: Path, components: Components) -> None:

@@ -19,6 +19,7 @@ from model.checkpoint import CheckpointError, Components, footprint, load_compon
 from model.fp8 import Fp8Linear, is_fp8
 from model.kernels.elementwise import quantized
 from model.layouts import FETCHED
+from model.sampling import Shift
 from model.weights import WeightFile, Weights, tensors_of
 from tests.model import tiny
 from tests.model.tiny import assert_same_weights, nets
@@ -65,7 +66,7 @@ def test_both_layouts_of_the_same_weights_load_as_the_same_model(components: Com
     found = load(original_file)
     assert_same_weights(found, components)
     assert (found.mmdit_config, found.vae_config) == (components.mmdit_config, components.vae_config)
-    assert found.shift == components.shift == 3.0
+    assert found.shift == components.shift == Shift(3.0)
 
 
 @torch.inference_mode()

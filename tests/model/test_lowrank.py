@@ -17,7 +17,7 @@ from model.checkpoint import CheckpointError, Components, load_components
 from model.keys import mmdit_rules
 from model.layouts import find
 from model.lowrank import FILE, PREFIX
-from model.sampling import Stretched
+from model.sampling import Growth, Shift
 from model.shelf import Shelf
 from tests.model import tiny
 
@@ -272,12 +272,18 @@ def test_a_revision_covers_base_and_difference(save: Save, components: Component
 
 
 def test_a_variant_may_space_its_noise_levels_otherwise(save: Save, components: Components) -> None:
-    assert components.shift == 3.0
+    assert components.shift == Shift(3.0)
     folder = save(difference((QUERY,)), shift_terminal=0.4)
-    assert load(folder).shift == Stretched(3.0, 0.4)
+    assert load(folder).shift == Shift(3.0, 0.4)
     (folder / "darkroom.json").write_text('{"base": "../base", "shift": 2}')
-    assert load(folder).shift == 2.0
-    for wrong in ({"shift": 0}, {"shift": "3"}, {"shift_terminal": 1.5}, {"shift_terminal": -1}):
+    assert load(folder).shift == Shift(2.0)
+    (folder / "darkroom.json").write_text('{"base": "../base", "use_dynamic_shifting": true, "max_shift": 2}')
+    assert load(folder).shift == Shift(Growth(max_shift=2.0))
+    grows: dict[str, object] = {"use_dynamic_shifting": True}
+    for wrong in (
+        {"shift": 0}, {"shift": "3"}, {"shift_terminal": 1.5}, {"shift_terminal": -1}, {"use_beta_sigmas": True},
+        {"max_shift": 20} | grows, {"base_image_seq_len": 4096} | grows, {"time_shift_type": "linear"} | grows,
+    ):  # fmt: skip
         (folder / "darkroom.json").write_text(json.dumps({"base": "../base"} | wrong))
         with pytest.raises(CheckpointError, match=next(iter(wrong))):
             load(folder)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
-from model.sampling import Step, Stretched, dpmpp_2m, euler, noise, schedule, sigmas
+from model.sampling import Growth, Shift, Step, dpmpp_2m, euler, noise, schedule, sigmas
 
 
 @pytest.mark.parametrize("steps", [1, 4, 28, 40])
@@ -23,13 +25,31 @@ def test_sigmas_equal_diffusers(steps: int) -> None:
 def test_stretched_sigmas_equal_diffusers(steps: int) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.4)
     scheduler.set_timesteps(steps)
-    found = sigmas(steps, Stretched(3.0, 0.4))
+    found = sigmas(steps, Shift(3.0, 0.4))
     torch.testing.assert_close(torch.tensor(found), scheduler.sigmas, atol=1e-6, rtol=0)
     assert found[-2] == pytest.approx(0.4)
 
 
+@pytest.mark.parametrize("terminal", [0.0, 0.4])
+@pytest.mark.parametrize(("width", "height"), [(512, 512), (768, 512), (1024, 1024), (1536, 1024)])
+def test_a_shift_that_grows_with_the_picture_is_diffusers(width: int, height: int, terminal: float) -> None:
+    growth = Growth(base_shift=1.1, max_shift=1.95, base_image_seq_len=1024, max_image_seq_len=4096)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, shift_terminal=terminal or None, **asdict(growth)
+    )
+    tokens = (width // 16) * (height // 16)
+    scheduler.set_timesteps(
+        16,
+        mu=calculate_shift(
+            tokens, growth.base_image_seq_len, growth.max_image_seq_len, growth.base_shift, growth.max_shift
+        ),
+    )
+    found = sigmas(16, Shift(growth, terminal), tokens)
+    torch.testing.assert_close(torch.tensor(found), scheduler.sigmas, atol=1e-6, rtol=0)
+
+
 def test_one_stretched_step_goes_all_the_way() -> None:
-    assert sigmas(1, Stretched(3.0, 0.4)) == (1.0, 0.0)
+    assert sigmas(1, Shift(3.0, 0.4)) == (1.0, 0.0)
 
 
 def test_sigmas_of_four_steps_are_the_published_ones() -> None:

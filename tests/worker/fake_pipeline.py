@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.pipeline import Lookups
+from model.sampling import Shift
 from model.text import Text
 from model.work import Begin, Decode, Denoise, Encode, Latents, Work
 from tests.worker.jobs import make_job
@@ -35,7 +36,7 @@ class FakePipeline:
     ahead : whether that time passes in `settle`, as a GPU's does, instead of in `run`
     """
 
-    shift = 3.0
+    shift = Shift()
     t5_length = 256
     device = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from model.checkpoint import CheckpointError
 from model.fp8 import Fp8Linear
 from model.lowrank import FILE
 from model.room import NoRoom, check_room
-from model.sampling import Stretched
+from model.sampling import Shift
 from model.work import Begin
 from tests.model import tiny
 from tests.tiny_bundle import CARD
@@ -135,7 +135,7 @@ def test_what_a_variants_card_does_not_say_is_as_its_base_says(tiny_bundle: Path
     assert card.description == "quick"
     assert card.negative_prompt is False
     assert model.pipeline.t5_length == CARD["t5_length"]
-    assert model.pipeline.shift == Stretched(3.0, 0.5)
+    assert model.pipeline.shift == Shift(3.0, 0.5)
 
 
 def test_a_variant_whose_base_is_gone_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:

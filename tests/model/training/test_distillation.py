@@ -17,10 +17,10 @@ from model.lowrank import CARD, FILE
 from model.mmdit import MMDiT
 from model.params import GenerationParams
 from model.pipeline import Pipeline, generate, run
-from model.sampling import Stretched, noise, sigmas
+from model.sampling import Growth, Shift, noise, sigmas
 from model.training import distillation
 from model.training.adapters import adapted, save_difference
-from model.training.distillation import SHIFT, Distillation, distil
+from model.training.distillation import TERMINAL, Distillation, distil
 from model.training.loop import Average, Leg, load_shards, read_record
 from model.training.plan import Phase, Size
 from model.training.teacher import Teacher, load_teacher, write_comparison
@@ -29,6 +29,9 @@ from model.training.windows import guided, velocity, windows
 from tests.model import tiny
 
 CPU = torch.device("cpu")
+
+
+TURBO = Shift(3.0, TERMINAL)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +62,11 @@ def turbo(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_windows_join_the_levels_of_a_run() -> None:
-    found = windows(4, SHIFT, 4)
-    assert [*(window.start for window in found), 0.0] == pytest.approx(sigmas(4, SHIFT))
+@pytest.mark.parametrize("shift", [TURBO, Shift(Growth(), TERMINAL)])
+@pytest.mark.parametrize("tokens", [256, 4096])
+def test_windows_join_the_levels_of_a_run(shift: Shift, tokens: int) -> None:
+    found = windows(4, shift, 4, tokens)
+    assert [*(window.start for window in found), 0.0] == pytest.approx(sigmas(4, shift, tokens))
     assert [window.end for window in found[:-1]] == [window.start for window in found[1:]]
     for window in found:
         assert len(window.levels) == 5
@@ -70,7 +75,7 @@ def test_windows_join_the_levels_of_a_run() -> None:
 
 def test_the_teacher_goes_where_its_pipeline_does(teacher: Teacher) -> None:
     assert teacher.vae is not None
-    pipeline = Pipeline(teacher.mmdit, teacher.vae, teacher.encoders, shift=3.0, t5_length=teacher.t5_length)
+    pipeline = Pipeline(teacher.mmdit, teacher.vae, teacher.encoders, shift=Shift(), t5_length=teacher.t5_length)
     params = GenerationParams(prompt="a red cat", width=64, height=64, steps=2, guidance_scale=3.0, seed=4)
     generator = generate(params, pipeline.shift)
     work = next(generator)
@@ -81,7 +86,7 @@ def test_the_teacher_goes_where_its_pipeline_does(teacher: Teacher) -> None:
         work = generator.send(result)
     with torch.no_grad():
         x = noise(4, 64, 64)[None]
-        for window in windows(2, 3.0, 1):
+        for window in windows(2, Shift(), 1, 16):
             x = guided(teacher, x, window, teacher.read_captions(["a red cat"]), 3.0)
     assert handle is not None
     torch.testing.assert_close(x[0], handle.x, atol=1e-4, rtol=1e-4)
@@ -171,7 +176,7 @@ def test_an_exported_run_is_a_variant_beside_its_base(turbo: Path, bundle: Path)
     told = json.loads((out / CARD).read_text())
     assert told["defaults"] == {"steps": 4, "guidance_scale": 1.0, "sampler": "euler"}
     parts = load_components(out, CPU, torch.float32)
-    assert parts.shift == Stretched(3.0, 0.4)
+    assert parts.shift == Shift(3.0, 0.4)
     assert parts.revision != find(bundle).revision
     pipeline = Pipeline(parts.mmdit, parts.vae, parts.text, shift=parts.shift, t5_length=32)
     params = GenerationParams(prompt="a cat", width=64, height=64, steps=4, guidance_scale=1.0, seed=0)
@@ -200,7 +205,7 @@ def test_what_is_no_teacher_is_refused(turbo: Path, tmp_path: Path) -> None:
 
 def test_a_sheet_shows_the_teacher_above_its_student(teacher: Teacher, tmp_path: Path) -> None:
     student = adapted(teacher.mmdit, 2)
-    write_comparison(teacher, student, 2, SHIFT, tmp_path / "turbo.png", size=64)
+    write_comparison(teacher, student, 2, TURBO, tmp_path / "turbo.png", size=64)
     with Image.open(tmp_path / "turbo.png") as sheet:
         assert sheet.height > 2 * 32
         assert sheet.width > 5 * 32
