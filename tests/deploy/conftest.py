@@ -1,9 +1,10 @@
 """The images, built once a run.
 
 DARKROOM_ENGINE names the engine (docker or podman; unset: the first one that answers). DARKROOM_BUILD_OPTIONS are
-further options of its build command, for machines that reach packages in a way of their own. DARKROOM_COMPOSE is the
-command for compose (unset: `docker compose` or `podman-compose`, as the engine is). DARKROOM_STAND_INS=yes builds
-images of our own in place of those of Redis, rclone and Prometheus, where no registry can be reached.
+further options of its build command, for machines that reach packages in a way of their own; podman needs `--format
+docker`, for in its own format images have no health checks. DARKROOM_COMPOSE is the command for compose (unset:
+`docker compose` or `podman-compose`, as the engine is). DARKROOM_STAND_INS=yes builds images of our own in place of
+those of Redis, rclone and Prometheus, where no registry can be reached.
 """
 
 from __future__ import annotations
