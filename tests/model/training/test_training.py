@@ -40,6 +40,7 @@ from model.training.plan import Phase, Size, demo_plan, phase_at, plan_of, withi
 from model.training.reconstruction import VAETraining, Weights, load_vae, train_vae, vae_loss
 from model.training.reconstruction import restore as restore_vae
 from model.training.reservoir import Encoder, Reservoir
+from model.training.samples import SHIFT
 from model.training.scenes import DATA_VERSION, sample_scene
 from model.training.sources import HELD_OUT_SEEDS, Drawings, Frame
 from model.vae import VAE
@@ -392,7 +393,7 @@ def test_the_bundle_loads_as_any_model_and_stays_within_its_limits(
     assert all(path.stat().st_size <= FILE_BYTES for path in bundle.rglob("*.safetensors"))
     parts = load_components(bundle, CPU, torch.float32)
     assert parts.mmdit_config == DEMO_MMDIT
-    assert (parts.vae_config.scale, parts.vae_config.shift, parts.shift) == (2.0, 0.1, 3.0)
+    assert (parts.vae_config.scale, parts.vae_config.shift, parts.shift) == (2.0, 0.1, SHIFT)
     told = json.loads((bundle / "darkroom.json").read_text())
     assert told["t5_length"] == T5_LENGTH
     pipeline = Pipeline(parts.mmdit, parts.vae, parts.text, shift=parts.shift, t5_length=told["t5_length"])
