@@ -58,8 +58,7 @@ class Variant:
 
 def variant_at(path: Path) -> Variant | None:
     """The variant that a folder holds; None if it is no folder with a `base`. CheckpointError."""
-    card = path / CARD
-    told = read_json(card) if card.is_file() else {}
+    card, told = path / CARD, _own_card(path)
     if "base" not in told:
         if (path / FILE).is_file():
             raise CheckpointError(f"{path / FILE} is a difference: {card} must say from what, as its `base`")
@@ -72,9 +71,28 @@ def variant_at(path: Path) -> Variant | None:
     target = (path / base).resolve()
     if not target.exists():
         raise CheckpointError(f"{card}: base is {base!r}, but {target} does not exist")
-    if (target / CARD).is_file() and "base" in read_json(target / CARD):
+    if "base" in _own_card(target):
         raise CheckpointError(f"{card}: base is {base!r}, itself a variant; expected a whole model")
     return Variant(path, target, revision)
+
+
+def card_at(path: Path) -> dict[str, Any]:
+    """What `darkroom.json` says: description, defaults, limits, negative_prompt, aliases, trained_pixels, t5_length.
+
+    What a variant does not say is as its base says, but for the description and the aliases. CheckpointError.
+    """
+    own = _own_card(path)
+    if (variant := variant_at(path)) is None:
+        return own
+    base = {key: value for key, value in _own_card(variant.base).items() if key not in ("description", "aliases")}
+    for part in ("defaults", "limits"):
+        if isinstance(base.get(part), dict) and isinstance(own.get(part), dict):
+            own[part] = base[part] | own[part]
+    return base | own
+
+
+def _own_card(path: Path) -> dict[str, Any]:
+    return read_json(path / CARD) if (path / CARD).is_file() else {}
 
 
 @dataclass(frozen=True)

@@ -36,3 +36,21 @@ def save_roomy_bundle(folder: Path) -> Path:
     pipeline.save_pretrained(folder)
     (folder / "darkroom.json").write_text(json.dumps(CARD))
     return folder
+
+
+def save_variant(bundle: Path, folder: Path, **told: Any) -> Path:
+    """A variant of the tiny bundle that changes one matrix, in a new folder; its base is linked beside it."""
+    import torch
+    from safetensors.torch import save_file
+
+    from model.lowrank import FILE
+    from tests.model import tiny
+
+    folder.mkdir()
+    name = "transformer.proj_out.lora_{}.weight"
+    width = torch.nn.Linear(tiny.MMDIT_X.hidden, 64).weight
+    state = {name.format("A"): torch.randn(2, width.shape[1]), name.format("B"): torch.randn(width.shape[0], 2)}
+    save_file(state, folder / FILE)
+    (folder.parent / "base").symlink_to(bundle)
+    (folder / "darkroom.json").write_text(json.dumps({"base": "../base"} | told))
+    return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from model.checkpoint import MMDIT, T5, TEXT_PARTS, CheckpointError, Outline, footprint, load_components, outline
 from model.config import VARIANTS
 from model.fp8 import has_fp8
-from model.lowrank import CARD, variant_at
+from model.lowrank import CARD, card_at
 from model.memory import Encoders, choose_encoders, gigabytes
 from model.params import SAMPLERS, GenerationParams
 from model.pipeline import Pipeline, run
@@ -115,7 +114,7 @@ class Loader:
         except NoRoom as error:
             fp8 = footprint(source.path, dtype, load_t5=settings.t5, fp8=True)[MMDIT]
             raise NoRoom(f"{source.name}: {error}; {advice(error, fp8)}") from None
-        told = _told(source.path)
+        told = card_at(source.path)
         card = make_card(source, parts.outline, told)
         pipeline = Pipeline(
             parts.mmdit,
@@ -239,7 +238,7 @@ def card_of(source: ModelSource, settings: WorkerSettings) -> ModelCard:
     raises CheckpointError : what is wrong with the files, as far as these show it
     """
     about = outline(source.path, load_t5=settings.t5, variant=source.variant)
-    return make_card(source, about, _told(source.path))
+    return make_card(source, about, card_at(source.path))
 
 
 def make_card(source: ModelSource, about: Outline, told: dict[str, Any]) -> ModelCard:
@@ -292,31 +291,3 @@ def _outside(defaults: Defaults, limits: Limits) -> str:
     if not 0 <= defaults.guidance_scale <= limits.max_guidance_scale:
         return f"guidance_scale {defaults.guidance_scale}"
     return "" if defaults.sampler in SAMPLERS else f"sampler {defaults.sampler!r}"
-
-
-def _told(path: Path) -> dict[str, Any]:
-    """What `darkroom.json` says: description, defaults, limits, negative_prompt, aliases, trained_pixels, t5_length.
-
-    What a variant does not say is as its base says, but for the description and the aliases.
-    """
-    own = _told_at(path)
-    if (variant := variant_at(path)) is None:
-        return own
-    base = {key: value for key, value in _told_at(variant.base).items() if key not in ("description", "aliases")}
-    for part in ("defaults", "limits"):
-        if isinstance(base.get(part), dict) and isinstance(own.get(part), dict):
-            own[part] = base[part] | own[part]
-    return base | own
-
-
-def _told_at(path: Path) -> dict[str, Any]:
-    file = path / CARD
-    if not file.is_file():
-        return {}
-    try:
-        told = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(told, dict):
-        raise CheckpointError(f"{file} must hold a JSON object")
-    return told

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from model.bundle import read_json
 from model.checkpoint import load_components
 from model.config import VARIANTS
-from model.lowrank import CARD
+from model.lowrank import CARD, card_at
 from model.params import SAMPLERS, GenerationParams, Sampler
 from model.pipeline import Pipeline
 from model.text import T5_LENGTH
@@ -64,14 +63,10 @@ class Subject:
 def load_subject(path: Path, device: torch.device, dtype: str) -> Subject:
     """A model as the worker loads it. Errors: CheckpointError says what is wrong with its files."""
     parts = load_components(path, device, DTYPES[dtype], fp8=dtype == "fp8")
-    told = _told(path)
+    told = card_at(path)
     length = told.get("t5_length", T5_LENGTH)
     pipeline = Pipeline(parts.mmdit, parts.vae, parts.text, shift=parts.shift, t5_length=length)
     return Subject(path.resolve().stem, parts.revision, _card(path, told, parts.variant), pipeline)
-
-
-def _told(path: Path) -> dict[str, Any]:
-    return read_json(path / CARD) if (path / CARD).is_file() else {}
 
 
 def _card(path: Path, told: dict[str, Any], variant: str) -> Card:

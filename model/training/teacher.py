@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.bundle import read_json
 from model.checkpoint import load_components
-from model.lowrank import CARD
+from model.lowrank import card_at
 from model.mmdit import MMDiT
 from model.params import GenerationParams
 from model.pipeline import Pipeline, generate, run
@@ -94,7 +93,7 @@ def _of_bundle(folder: Path, device: torch.device) -> Teacher:
     parts = load_components(folder, device, torch.float32)
     if parts.text.t5 is None:
         raise ValueError(f"{folder} has no T5; a teacher needs all its encoders")
-    told = read_json(folder / CARD) if (folder / CARD).is_file() else {}
+    told = card_at(folder)
     defaults = told.get("defaults", {})
     return Teacher(
         mmdit=parts.mmdit,

@@ -9,17 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from structlog.testing import capture_logs
 
 from model.checkpoint import CheckpointError
 from model.fp8 import Fp8Linear
-from model.lowrank import FILE
 from model.room import NoRoom, check_room
 from model.sampling import Shift
 from model.work import Begin
-from tests.model import tiny
-from tests.tiny_bundle import CARD
+from tests.tiny_bundle import CARD, save_variant
 from worker.models import Loader, Model, NoSuchDevice, advice, pick_device
 from worker.settings import ModelSource, WorkerSettings
 
@@ -32,18 +29,6 @@ def loaded(bundle: Path, folder: Path, told: dict[str, Any], **settings: Any) ->
 
 def loader(**settings: Any) -> Loader:
     return Loader(WorkerSettings(device="cpu", dtype="fp32", **settings))
-
-
-def save_variant(bundle: Path, folder: Path, **told: Any) -> Path:
-    """A variant of a bundle that changes one matrix, in a new folder."""
-    folder.mkdir()
-    name = "transformer.proj_out.lora_{}.weight"
-    width = torch.nn.Linear(tiny.MMDIT_X.hidden, 64).weight
-    state = {name.format("A"): torch.randn(2, width.shape[1]), name.format("B"): torch.randn(width.shape[0], 2)}
-    save_file(state, folder / FILE)
-    (folder.parent / "base").symlink_to(bundle)
-    (folder / "darkroom.json").write_text(json.dumps({"base": "../base"} | told))
-    return folder
 
 
 @pytest.mark.parametrize("first", ["base", "variant"])

@@ -25,6 +25,7 @@ from model.evaluation.subject import Card, load_subject
 from model.evaluation.table import Header, outside, recorded, table, to_json, versus
 from model.params import GenerationParams
 from model.pipeline import generate, run
+from tests.tiny_bundle import save_variant
 
 CARD = Card(steps=16, guidance_scale=4.0, width=512, height=512)
 CPU = torch.device("cpu")
@@ -142,6 +143,13 @@ def test_a_folder_that_is_no_model_is_named(
 ) -> None:
     assert evaluate(checker_file, tmp_path / "out", tmp_path) == 1
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_variant_is_asked_for_pictures_as_its_base_is(tiny_bundle: Path, tmp_path: Path) -> None:
+    base, told = load_subject(tiny_bundle, CPU, "fp32"), {"defaults": {"steps": 2}, "negative_prompt": False}
+    variant = load_subject(save_variant(tiny_bundle, tmp_path / "variant", **told), CPU, "fp32")
+    assert variant.card == replace(base.card, steps=2, negative_prompt=False)
+    assert variant.pipeline.t5_length == base.pipeline.t5_length
 
 
 def test_pictures_made_together_are_those_made_alone(tiny_bundle: Path) -> None:
