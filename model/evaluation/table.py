@@ -110,7 +110,7 @@ def _checker(header: Header) -> list[str]:
     malformed = 100 * accuracy.get("malformed", float("nan"))
     lines.append(f"  shape by style: {said('shape_')}; spoiled shapes read as none {malformed:.1f}")
     learnt = header.checker.get("data_version", header.data_version)
-    if learnt != header.data_version:
+    if learnt.partition(".")[0] != header.data_version.partition(".")[0]:
         lines.append(f"  it learnt on drawings of version {learnt}, now they are of version {header.data_version}")
     return lines
 

@@ -15,7 +15,10 @@ from model.training.composition import Ground, Place, compose
 from model.training.palette import COLOURS, DARK_COLOURS, LIGHT_COLOURS, PAPER, RGB, contrast, mix, tone
 
 DATA_VERSION = "2.2"
-"""Of the pictures and the captions: raise it whenever either changes, since it is written beside trained weights."""
+"""Of the pictures and the captions: raise it whenever either changes, since it is written beside trained weights.
+
+After the point: what changes neither how a scene is drawn nor the words of captions, such as how often each is taken.
+"""
 
 # The order counts, as in palette.COLOURS.
 SHAPES = (
