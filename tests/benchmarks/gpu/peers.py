@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
+from model.bundle import shift_json
 from model.mmdit import MMDiT
 from model.params import GenerationParams
 from model.pipeline import Denoise, Pipeline
@@ -57,7 +58,7 @@ class Kind:
         found = StableDiffusion3Pipeline(
             transformer=self.transformer(ours.mmdit),
             vae=self.autoencoder(ours.vae),
-            scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_STEPS, shift=ours.shift),
+            scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_STEPS, **shift_json(ours.shift)),
             text_encoder=text.clip_l,
             text_encoder_2=text.clip_g,
             text_encoder_3=text.t5,
