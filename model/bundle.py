@@ -35,6 +35,7 @@ OTHER_SCHEDULES = (
 )  # fmt: skip
 UNSHIFTED = Shift(1.0)
 LARGEST_LOG_SHIFT = 10.0
+MOST_TOKENS = 16_384  # twice what two megapixels have
 
 Json = dict[str, Any]
 
@@ -127,11 +128,12 @@ def _growth(config: _Config, usual: Growth) -> Growth:
             f"{config.path}: base_image_seq_len is {found.base_image_seq_len}, "
             f"expected less than max_image_seq_len, which is {found.max_image_seq_len}"
         )
-    if max(abs(found.base_shift), abs(found.max_shift)) > LARGEST_LOG_SHIFT:
-        raise CheckpointError(
-            f"{config.path}: base_shift is {found.base_shift:g} and max_shift {found.max_shift:g}, "
-            f"expected from -{LARGEST_LOG_SHIFT:g} to {LARGEST_LOG_SHIFT:g}, for they are logarithms"
-        )
+    for tokens in (0, MOST_TOKENS):
+        if abs(found.logarithm(tokens)) > LARGEST_LOG_SHIFT:
+            raise CheckpointError(
+                f"{config.path}: by base_shift and max_shift the shift's logarithm is {found.logarithm(tokens):g} "
+                f"for {tokens} tokens, expected from -{LARGEST_LOG_SHIFT:g} to {LARGEST_LOG_SHIFT:g}"
+            )
     return found
 
 

@@ -29,10 +29,10 @@ class Growth:
     base_image_seq_len: int = 256
     max_image_seq_len: int = 4096  # 1024x1024
 
-    def factor(self, tokens: int) -> float:
-        """The shift for an image of so many tokens."""
+    def logarithm(self, tokens: int) -> float:
+        """Of the shift for an image of so many tokens."""
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
-        return math.exp(self.base_shift + slope * (tokens - self.base_image_seq_len))
+        return self.base_shift + slope * (tokens - self.base_image_seq_len)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Shift:
 
     def factor(self, tokens: int) -> float:
         """The timestep shift for an image of so many tokens."""
-        return self.by.factor(tokens) if isinstance(self.by, Growth) else self.by
+        return math.exp(self.by.logarithm(tokens)) if isinstance(self.by, Growth) else self.by
 
 
 SHIFT = Shift()

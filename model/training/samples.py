@@ -17,7 +17,7 @@ from model.vae import VAE
 
 STEPS, GUIDANCE = 16, 4.0
 SHIFT = Shift(Growth(base_shift=1.1, max_shift=1.8, base_image_seq_len=1024, max_image_seq_len=4096))
-"""3 at 512x512 and 6 at 1024x1024: of 3, 5, 7 and 9 those between draw most shapes right there."""
+"""3 at 512x512 and 6 at 1024x1024, where 5 and 7 draw more shapes right than 3."""
 
 SECONDS = 20.0
 """Sheets that are not begun by then are left out."""

@@ -282,7 +282,8 @@ def test_a_variant_may_space_its_noise_levels_otherwise(save: Save, components: 
     grows: dict[str, object] = {"use_dynamic_shifting": True}
     for wrong in (
         {"shift": 0}, {"shift": "3"}, {"shift_terminal": 1.5}, {"shift_terminal": -1}, {"use_beta_sigmas": True},
-        {"max_shift": 20} | grows, {"base_image_seq_len": 4096} | grows, {"time_shift_type": "linear"} | grows,
+        {"max_shift": 20} | grows, {"max_shift": 2, "max_image_seq_len": 257} | grows,
+        {"base_image_seq_len": 4096} | grows, {"time_shift_type": "linear"} | grows,
     ):  # fmt: skip
         (folder / "darkroom.json").write_text(json.dumps({"base": "../base"} | wrong))
         with pytest.raises(CheckpointError, match=next(iter(wrong))):
