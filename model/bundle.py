@@ -106,10 +106,11 @@ def shift_from(path: Path, default: Shift = UNSHIFTED) -> Shift:
     terminal = float(config.number("shift_terminal", default.terminal, kind=(int, float), null=0.0))
     if terminal >= 1:
         raise CheckpointError(f"{path}: shift_terminal is {terminal:g}, expected less than 1")
-    grows = isinstance(default.by, Growth) and "shift" not in config.data
-    if config.only("use_dynamic_shifting", True, False, default=grows):
-        return Shift(_growth(config, default.by if isinstance(default.by, Growth) else Growth()), terminal)
-    shift = float(config.number("shift", 1.0 if isinstance(default.by, Growth) else default.by, kind=(int, float)))
+    usual = default.by
+    growth, fixed = (usual, 1.0) if isinstance(usual, Growth) else (Growth(), usual)
+    if config.only("use_dynamic_shifting", True, False, default=usual is growth and "shift" not in config.data):
+        return Shift(_growth(config, growth), terminal)
+    shift = float(config.number("shift", fixed, kind=(int, float)))
     if shift <= 0:
         raise CheckpointError(f"{path}: shift is {shift:g}, expected more than 0")
     return Shift(shift, terminal)

@@ -10,6 +10,7 @@ from model.evaluation.evaluation import Diversity, Evaluation, Removal, Result
 from model.evaluation.plan import BASE, UNGUIDED
 from model.evaluation.prompts import OPEN_PROMPT, OpenRequest
 from model.evaluation.scores import SCORES, Count
+from model.training.scenes import drawn_alike
 
 TARGETS = {"colour": 0.95, "shape": 0.90, "position": 0.85}
 RATIO = 0.9  # of the default's share, at each other size and in the other precision
@@ -110,7 +111,7 @@ def _checker(header: Header) -> list[str]:
     malformed = 100 * accuracy.get("malformed", float("nan"))
     lines.append(f"  shape by style: {said('shape_')}; spoiled shapes read as none {malformed:.1f}")
     learnt = header.checker.get("data_version", header.data_version)
-    if learnt.partition(".")[0] != header.data_version.partition(".")[0]:
+    if not drawn_alike(learnt, header.data_version):
         lines.append(f"  it learnt on drawings of version {learnt}, now they are of version {header.data_version}")
     return lines
 

@@ -17,7 +17,7 @@ from model.mmdit import MMDiT
 from model.text import T5_LENGTH as FULL_T5_LENGTH
 from model.training.demo import DEMO_MMDIT, T5_LENGTH, Reader, TextTower, new_mmdit, new_tower
 from model.training.loop import Average, load_shards, read_record
-from model.training.scenes import DATA_VERSION
+from model.training.scenes import DATA_VERSION, drawn_alike
 from model.training.tokenizers import Tokenizers
 
 
@@ -73,15 +73,10 @@ def run_net(folder: Path) -> FlowNet:
         return bundle_net(Path(record["start"]))
     config = MMDiTConfig(**{**record["config"], "dual_blocks": tuple(record["config"]["dual_blocks"])})
     tokenizers = saved_tokenizers(folder)
-    if tokenizers is None and _words_of(record["data_version"]) != _words_of(DATA_VERSION):
+    if tokenizers is None and not drawn_alike(record["data_version"], DATA_VERSION):
         version = record["data_version"]
         raise ValueError(f"{folder} was trained on drawings of version {version}, this code draws {DATA_VERSION}")
     return new_net(config, tokenizers)
-
-
-def _words_of(data_version: str) -> str:
-    """What two versions of the drawings have in common if their captions have the same words."""
-    return data_version.partition(".")[0]
 
 
 def load_net(folder: Path) -> FlowNet:

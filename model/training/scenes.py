@@ -114,6 +114,11 @@ class Scene:
 Look = tuple[str, str]  # shape, colour
 
 
+def drawn_alike(one: str, other: str) -> bool:
+    """Whether drawings of two versions look alike, and their captions have the same words."""
+    return one.partition(".")[0] == other.partition(".")[0]
+
+
 def held_out(shape: str, colour: str) -> bool:
     """Whether the combination is kept from training, so that it can be asked for later."""
     return (SHAPES.index(shape) * 10 + list(COLOURS).index(colour)) % 9 == 6

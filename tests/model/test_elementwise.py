@@ -38,6 +38,24 @@ def test_values_are_not_normed() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Triton, about its own defaults
+def test_what_shows_that_triton_works_compiles_for_gpus_without_fp8() -> None:
+    triton = pytest.importorskip("triton", reason="no triton: pip install triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from model.kernels import triton_kernels
+
+    kernel = triton_kernels._joined_heads_kernel
+    tensors = {"image_qkv": "*fp32", "text_qkv": "*fp32", "weights": "*fp32", "out": "*fp32"}
+    constants = {"HEADS": 1, "HEAD_DIM": 64, "EPS": 1e-6, "NORMED": False, "BLOCK": 1}
+    signature = {n: "constexpr" if n in constants else tensors.get(n, "i32") for n in kernel.arg_names}
+    where = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
+    compiled = triton.compile(ASTSource(kernel, signature, where), target=GPUTarget("cuda", 80, 32))
+    assert "sm_80" in compiled.asm["ptx"]
+
+
+@pytest.mark.slow
 def test_triton_kernels_equal_the_plain_ones() -> None:
     if find_spec("triton") is None:
         pytest.skip("no triton: pip install triton")
