@@ -20,7 +20,7 @@ The same in four steps without guidance, as a variant that shares the bundle's e
 Your own pictures, from the demo's weights, tokenizers and autoencoder. The caption of NAME.png stands in NAME.txt
 beside it, or in metadata.jsonl as {"file_name": ..., "text": ...}:
 
-    python -m model.training flow --start model/bundles/demo --pictures photos --out runs/mine --minutes 10
+    python -m model.training flow --bundle model/bundles/demo --pictures photos --out runs/mine --minutes 10
     python -m model.training export --flow runs/mine --out my-bundle
 
 Or all of it from them: `vae --pictures photos`, then `flow --pictures photos --vae runs/vae`. Pictures that your own
@@ -139,8 +139,8 @@ def _add_source(command: argparse.ArgumentParser) -> None:
 def _add_flow(command: argparse.ArgumentParser) -> None:
     from model.training.demo import MMDITS
 
-    command.add_argument("--vae", type=Path, help="folder of a trained autoencoder, or a bundle; default: --start")
-    command.add_argument("--start", type=Path, help="a bundle in the diffusers layout to train further")
+    command.add_argument("--vae", type=Path, help="folder of a trained autoencoder, or a bundle; default: --bundle")
+    command.add_argument("--bundle", dest="start", type=Path, help="in the diffusers layout, to train further")
     command.add_argument("--net", choices=MMDITS, default="demo", help="a network by name; the next four change it")
     command.add_argument("--depth", type=int)
     command.add_argument("--hidden", type=int)

@@ -32,7 +32,7 @@ def flow_training(options: argparse.Namespace, given: Mapping[str, Any]) -> Flow
     """The settings of a flow training. Errors: ValueError, SourceError."""
     vae = options.vae or options.start
     if vae is None:
-        raise ValueError("say where the autoencoder is: --vae with its folder, or --start with a bundle")
+        raise ValueError("say where the autoencoder is: --vae with its folder, or --bundle with one")
     plan = _plan(options)
     source = source_of(options.pictures, options.function, min(s.frame.shorter for p in plan for s in p.sizes))
     if isinstance(source, Folder) and not options.sizes:

@@ -450,7 +450,7 @@ def test_a_users_pictures_become_a_bundle(photos: Path, vae_folder: Path, tmp_pa
 
 def test_the_demos_weights_are_trained_further_on_a_users_pictures(photos: Path, tmp_path: Path) -> None:
     demo, flow, bundle = Path("model/bundles/demo").resolve(), tmp_path / "flow", tmp_path / "bundle"
-    start = ("--pictures", str(photos), "--start", str(demo))
+    start = ("--pictures", str(photos), "--bundle", str(demo))
     assert main(["flow", *start, "--out", str(flow), "--minutes", "0.15", *TOY]) == 0
     assert main(["export", "--flow", str(flow), "--out", str(bundle)]) == 0
     before, after = (load_components(folder, CPU, torch.float32) for folder in (demo, bundle))
