@@ -117,7 +117,6 @@ class CudaRecorder:
         """warm: run each function once before it is recorded; not for one that changes things and has run before."""
         self.device, self.warm = device, warm
         self.stream = torch.cuda.Stream(device)
-        self.pool, _ = _pool(device)
 
     def __call__(self, function: Function, *inputs: Tensor) -> Recording:
         """The graph of `function` on copies of the inputs."""
@@ -138,19 +137,23 @@ def _pool(device: torch.device) -> tuple[Any, torch.cuda.CUDAGraph]:
     return handle, held
 
 
-def _give_up(graph: torch.cuda.CUDAGraph, recorder: CudaRecorder) -> None:
-    """End a capture that failed. Its own end then fails before it tells the allocator, which would wait for ever."""
-    with suppress(RuntimeError):
+def _give_up(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
+    """End a capture that failed. Where that fails too, its pool cannot be recorded to again: the next take another."""
+    try:
         graph.capture_end()
-    with suppress(RuntimeError, AttributeError):  # no public function does it
-        torch._C._cuda_endAllocateToPool(recorder.device.index or 0, recorder.pool)
+    except RuntimeError:
+        with suppress(
+            RuntimeError, AttributeError
+        ):  # no public function tells the allocator, which would wait for ever
+            torch._C._cuda_endAllocateToPool(device.index or 0, pool)
+        _pool.cache_clear()
 
 
 class _CudaGraph:
     def __init__(self, recorder: CudaRecorder, function: Function, inputs: tuple[Tensor, ...]) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        stream = recorder.stream
+        stream, (pool, _) = recorder.stream, _pool(recorder.device)
         stream.wait_stream(torch.cuda.current_stream(recorder.device))
         with torch.cuda.stream(stream):
             if recorder.warm:
@@ -158,12 +161,12 @@ class _CudaGraph:
             stream.synchronize()
             # What the plain runs have used would otherwise stay beside the graph's own memory, unused.
             torch.cuda.empty_cache()
-            self.graph.capture_begin(pool=recorder.pool, capture_error_mode="thread_local")
+            self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 self.output = function(*self.inputs)
                 self.graph.capture_end()
             except BaseException:
-                _give_up(self.graph, recorder)
+                _give_up(self.graph, recorder.device, pool)
                 raise
         torch.cuda.current_stream(recorder.device).wait_stream(stream)
 

@@ -109,9 +109,8 @@ def _of_bundle(folder: Path, device: torch.device) -> Teacher:
 
 def write_comparison(teacher: Teacher, student: MMDiT, steps: int, shift: Shift, path: Path, size: int = 512) -> None:
     """A sheet of the teacher's pictures, each above the student's for the same prompt and noise, while time lasts."""
-    assert teacher.vae is not None
-    slow = Pipeline(teacher.mmdit, teacher.vae, teacher.encoders, shift=teacher.shift, t5_length=teacher.t5_length)
-    fast = Pipeline(student, teacher.vae, teacher.encoders, shift=shift, t5_length=teacher.t5_length)
+    slow = _plain(teacher, teacher.mmdit, teacher.shift)
+    fast = _plain(teacher, student, shift)
     started, prompts = time.monotonic(), []
     above: list[Tensor] = []
     below: list[Tensor] = []
@@ -129,3 +128,9 @@ def write_comparison(teacher: Teacher, student: MMDiT, steps: int, shift: Shift,
     half = torch.nn.functional.avg_pool2d(pixels, 2)
     words = [*prompts, *(f"{steps} steps" for _ in prompts)]
     contact_sheet(half, words, columns=len(prompts)).save(path, optimize=True)
+
+
+def _plain(teacher: Teacher, mmdit: MMDiT, shift: Shift) -> Pipeline:
+    """The fast way knows no low-rank layers, nor would a few pictures repay it."""
+    assert teacher.vae is not None
+    return Pipeline(mmdit, teacher.vae, teacher.encoders, shift=shift, t5_length=teacher.t5_length, fast=False)
