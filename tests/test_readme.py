@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
+from typer.core import TyperGroup
 
+from app.cli import cli
 from app.settings import GatewaySettings
 from app.stack import StackSettings
 from app.webhook_signature import signature_headers, signing_secret
 from app.webhooks import WebhookSettings
+from model.training.__main__ import parser
 from worker.contract.settings import ContractSettings
 from worker.settings import WorkerSettings
 
@@ -61,6 +66,24 @@ def test_every_setting_says_what_it_does() -> None:
     for _, settings, _ in READERS:
         for name, field in settings.model_fields.items():
             assert field.description, f"{settings.__name__}.{name}"
+
+
+def commands_of(program: str) -> list[str]:
+    """The README's calls of a program, without what stands before and behind them."""
+    return re.findall(rf"^(?:\w+=\S+ |\.venv/bin/)*{program} (.*?)(?:\s+#.*)?$", README.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", commands_of("darkroom"))
+def test_a_command_of_the_readme_is_understood(line: str) -> None:
+    command, arguments = typer.main.get_command(cli), shlex.split(line)
+    while isinstance(command, TyperGroup):
+        command = command.commands[arguments.pop(0)]
+    command.make_context("darkroom", arguments)  # raises what a user would be told
+
+
+@pytest.mark.parametrize("line", commands_of("python -m model.training"))
+def test_a_training_of_the_readme_is_understood(line: str) -> None:
+    assert parser().parse_args(shlex.split(line)).command in line
 
 
 IsOurs = Callable[[str, dict[str, str], bytes], bool]

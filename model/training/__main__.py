@@ -48,7 +48,7 @@ ERRORS = (OSError, FloatingPointError, ValueError, CheckpointError, BrokenProces
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     team.join()
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     device = torch.device(options.device)
     try:
         commands = {"vae": _vae, "flow": _flow, "profile": _profile, "export": _export, "sheet": _sheet}
@@ -62,16 +62,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Of all commands."""
     summary, _, text = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
+    whole = argparse.ArgumentParser(
         prog="python -m model.training",
         description=summary,
         epilog=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    commands = parser.add_subparsers(dest="command", required=True)
+    whole.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    commands = whole.add_subparsers(dest="command", required=True)
     vae = commands.add_parser("vae", help="train the autoencoder")
     flow = commands.add_parser("flow", help="train the MMDiT and the text encoders by flow matching")
     profile = commands.add_parser("profile", help="print where the time of a flow training's step goes")
@@ -113,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     sheet.add_argument("--count", type=int, default=24)
     sheet.add_argument("--size", type=int, default=256)
     sheet.add_argument("--held-out", action="store_true", help="only combinations that are never trained on")
-    return parser
+    return whole
 
 
 def _add_leg(command: argparse.ArgumentParser) -> None:
