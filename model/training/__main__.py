@@ -166,7 +166,6 @@ def _add_distill(command: argparse.ArgumentParser) -> None:
     command.add_argument("--terminal", type=float, default=0.4, help="its last noise level before 0; 0: as published")
     command.add_argument("--substeps", type=int, help="of the teacher in each of the student's steps (4)")
     command.add_argument("--own", type=float, help="share of the rows that go on from the student's own steps (0.5)")
-    command.add_argument("--reuse", type=int, help="how often what the teacher showed is learnt from (3)")
     command.add_argument("--measured", type=int, help="prompts that the distance to the teacher is measured on (16)")
     command.add_argument("--tokens", type=int, help="tokens of a step, which set its batch")
     command.add_argument("--sizes", help="train on these alone, such as 512x512,768x512 (width x height)")

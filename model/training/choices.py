@@ -59,7 +59,7 @@ def distillation(options: argparse.Namespace, given: Mapping[str, Any]) -> Disti
     """The settings of a distillation. Errors: ValueError, SourceError."""
     tokens = options.tokens or TURBO_TOKENS
     plan = plan_of(_sizes(options.sizes), tokens) if options.sizes else turbo_plan(tokens)
-    names = ("teacher", "rank", "steps", "guidance", "shift", "terminal", "substeps", "own", "reuse", "measured")
+    names = ("teacher", "rank", "steps", "guidance", "shift", "terminal", "substeps", "own", "measured")
     chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return Distillation(
         plan=plan,

@@ -6,15 +6,11 @@ and Ho 2022, arXiv:2202.00512). No pictures are needed: every run starts from no
 window starts where the teacher's ended, for the other where the student's did, so that its errors do not pile up: the
 teacher shows the way back from wherever the student goes. That makes a phase that matches final pictures needless,
 which would send gradients through all the steps, and blur where the two runs part early.
-
-The teacher's many guided steps are most of the work, and where they lead from a point stays true however the student
-changes: each such lesson is learnt from a few times.
 """
 
 from __future__ import annotations
 
 import random
-from collections import deque
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -50,9 +46,6 @@ from model.work import image_tokens
 TERMINAL = 0.4
 """Levels 1, 0.91, 0.76 and 0.4 for four steps at shift 3: the published ones would spend the last step on 0.9 %."""
 
-LESSONS_KEPT = 256
-"""Of about 20 MB each on a GPU."""
-
 DISTANCES = 2 * HELD_OUT_SEEDS - (1 << 20)
 """Captions from this seed on are for measuring."""
 
@@ -84,7 +77,6 @@ class Distillation:
     guidance: float | None = None  # the teacher's; None: as its card says
     substeps: int = 4  # of the teacher in one window
     own: float = 0.5  # share of the rows that go on from the student's own windows
-    reuse: int = 3  # how often each lesson is learnt from
     plan: Plan = field(default_factory=turbo_plan)
     source: Source = field(default_factory=Drawings)
     peak: float = 1e-3  # learning rate
@@ -101,7 +93,7 @@ class Distillation:
     samples: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("rank", "steps", "substeps", "reuse", "measured"):
+        for name in ("rank", "steps", "substeps", "measured"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.own <= 1:
@@ -110,16 +102,6 @@ class Distillation:
             raise ValueError(f"shift is {self.shift}, expected more than 0")
         if not 0 <= self.terminal < 1:
             raise ValueError(f"terminal is {self.terminal}, expected from 0 to below 1")
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """Where the teacher led noisy latents across a window. x, ends : shape = (batch, 16, h/8, w/8)."""
-
-    x: Tensor
-    window: Window
-    texts: Texts
-    ends: Tensor
 
 
 def distil(settings: Distillation, device: torch.device) -> dict[str, float]:
@@ -176,7 +158,6 @@ class Run:
         self.descent = Descent(average, leg, settings.peak, self._new_optimizers)
         self.descent.compiled = settings.compiled
         self.rows, self.before = 0, float("nan")
-        self.lessons: deque[Lesson] = deque(maxlen=LESSONS_KEPT)
         reading = Captioned(settings.source, teacher.reader())
         self.feed = Feed(reading, first_seed(settings.seed, settings.begin), settings.processes)
         if settings.compiled:
@@ -238,15 +219,9 @@ class Run:
         own = torch.rand(size.batch, 1, 1, 1, device=self.device) < self.settings.own
         losses = []
         for window in self.windows(size):
-            lesson = self._lesson(x, window, texts)
-            loss, own_ends = self._step(lesson)
+            loss, ends, own_ends = self._step(x, window, texts)
             losses.append(loss)
-            x = torch.where(own, own_ends, lesson.ends)
-            if self.settings.reuse > 1:
-                self.lessons.append(lesson)
-                losses += [
-                    self._step(again)[0] for again in self.random.choices(self.lessons, k=self.settings.reuse - 1)
-                ]
+            x = torch.where(own, own_ends, ends)
         self.rows += size.batch * team.size()
         return losses
 
@@ -259,32 +234,24 @@ class Run:
         with self.leg.autocast():
             return self.teacher.read(tuple(ids.to(self.device, torch.long, non_blocking=True) for ids in tokens))
 
-    def _lesson(self, x: Tensor, window: Window, texts: Texts) -> Lesson:
-        """What the teacher makes of x."""
-
-        def ends() -> Tensor:
-            with torch.no_grad(), self.leg.autocast():
-                return guided(self.teacher, x, window, texts, self.scale)
-
-        return Lesson(x, window, texts, self.descent.attempt(ends))
-
-    def _step(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
-        """One optimizer step: the loss, and where the student ended before it."""
-        made = self.descent.attempt(lambda: self._gradients(lesson))
+    def _step(self, x: Tensor, window: Window, texts: Texts) -> tuple[Tensor, Tensor, Tensor]:
+        """One optimizer step: the loss, where the teacher ended, and where the student did."""
+        made = self.descent.attempt(lambda: self._window(x, window, texts))
         descent, s = self.descent, self.settings
         descent.step(learning_rate(descent.peak, self.clock.fraction, descent.steps, s.warmup))
         return made
 
-    def _gradients(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
-        """Left at the weights; returns as `_step` does."""
-        window = lesson.window
+    def _window(self, x: Tensor, window: Window, texts: Texts) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients; returns as `_step` does."""
         span = window.start - window.end
+        with torch.no_grad(), self.leg.autocast():
+            ends = guided(self.teacher, x, window, texts, self.scale)
         with self.leg.autocast():
-            v = velocity(self.student, lesson.x, window.start, lesson.texts)
-        loss = F.mse_loss(v, (lesson.x - lesson.ends) / span)
+            v = velocity(self.student, x, window.start, texts)
+        loss = F.mse_loss(v, (x - ends) / span)
         self.descent.forget_gradients()
         loss.backward()
-        return loss.detach(), lesson.x - span * v.detach()
+        return loss.detach(), ends, x - span * v.detach()
 
     def averaged_distance(self) -> float:
         """`distance` with the averaged weights."""
@@ -332,8 +299,7 @@ class Run:
             {
                 "what": "turbo", "teacher": self.teacher.revision, "pictures": settings.source.name,
                 "rank": settings.rank, "steps": settings.steps, "shift": shift_json(self.shift),
-                "guidance": self.scale, "substeps": settings.substeps, "own": settings.own, "reuse": settings.reuse,
-                "metrics": measures,
+                "guidance": self.scale, "substeps": settings.substeps, "own": settings.own, "metrics": measures,
                 "minutes": round(leg.clock.elapsed / 60, 2), "seed": settings.seed, "begin": settings.begin,
                 "end": settings.end, "peak": settings.peak, "plan": [asdict(phase) for phase in settings.plan],
                 "device": device_name(leg.device), "gpus": team.size(),

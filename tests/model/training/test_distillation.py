@@ -125,21 +125,10 @@ def test_the_student_nears_its_teacher(bundle: Path, teacher: Teacher, tmp_path:
     assert loop.averaged_distance() < 0.8 * before
 
 
-@pytest.mark.parametrize("reuse", [1, 3])
-def test_each_lesson_is_learnt_from_as_often_as_was_asked(
-    bundle: Path, teacher: Teacher, tmp_path: Path, reuse: int
-) -> None:
-    settings = replace(distillation_of(bundle, tmp_path), reuse=reuse)
-    student = adapted(teacher.mmdit, settings.rank)
-    leg = Leg.start(1.0, 0, (0.0, 1.0), CPU)
-    loop = distillation.Run(settings, teacher, student, Average(student, settings.average), leg)
-    assert len(loop.run()) == loop.descent.steps == settings.steps * reuse
-
-
 def test_a_run_writes_its_change_and_what_made_it(turbo: Path, bundle: Path) -> None:
     record = read_record(turbo)
     assert record["teacher"] == find(bundle).revision
-    assert (record["metrics"]["rows"], record["reuse"]) == (4, 3)
+    assert record["metrics"]["steps"] == 4
     assert 0 < record["metrics"]["distance"] < 10
     assert record["guidance"] == 3.0  # as the teacher's card says
     assert all(torch.isfinite(tensor).all() for tensor in load_shards(turbo, "turbo").values())
@@ -157,7 +146,7 @@ def test_a_run_goes_on_from_an_earlier_one_of_its_kind(turbo: Path, bundle: Path
         distillation.restore(average, replace(settings, rank=4))
 
 
-@pytest.mark.parametrize("wrong", [{"rank": 0}, {"steps": 0}, {"substeps": 0}, {"reuse": 0}, {"own": 1.5}])
+@pytest.mark.parametrize("wrong", [{"rank": 0}, {"steps": 0}, {"substeps": 0}, {"own": 1.5}])
 def test_a_setting_out_of_range_is_refused(bundle: Path, tmp_path: Path, wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} is "):
         replace(distillation_of(bundle, tmp_path), **wrong)  # type: ignore[arg-type]
