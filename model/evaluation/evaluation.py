@@ -114,7 +114,8 @@ class Evaluator:
     def run(self, dtype: str, known: Sequence[OpenRequest] = ()) -> Evaluation:
         """The whole plan in `dtype`, and the default in the others if the plan says so.
 
-        known : open requests that showed red in an earlier evaluation of these weights: then no others are tried
+        known : open requests that showed red in an earlier evaluation of these weights: then no others are tried,
+            and if the plan wants fewer, they are taken from all over them
         """
         found = Evaluation()
         settings = [s for s in settings_for(self.card) if max(s.width, s.height) <= self.longest]
@@ -205,7 +206,8 @@ class Evaluator:
         removed: list[bool] = []
         kept: list[bool] = []
         tried = 0
-        among = iter(known) if known else islice(open_requests(), self.plan.tries)
+        spread = known[:: max(1, len(known) // self.plan.pairs)]
+        among = iter(spread) if known else islice(open_requests(), self.plan.tries)
         while len(pairs) < self.plan.pairs and (some := list(islice(among, max(1, self.plan.pairs)))):
             wanted = [self.card.params(one.prompt, one.seed) for one in some]
             seen = {n: self.checker.read(x[None])[0] for n, x in self._pictures(renderer, wanted, "looking for red")}

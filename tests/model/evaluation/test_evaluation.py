@@ -251,6 +251,16 @@ def test_known_pairs_are_not_looked_for() -> None:
     assert found.removal.tried == 2
 
 
+def test_fewer_than_the_known_pairs_are_taken_from_all_over_them() -> None:
+    painter = Painter()
+    plan = Plan(prompts=1, others=1, pairs=2, tries=60, all_dtypes=False)
+    known = [OpenRequest("a star on a white background", "star", seed) for seed in range(6)]
+    found = Evaluator(SMALL, 64, lambda _: painter, RedEyed(64).eval(), plan, lambda _: None).run("fp32", known)
+    assert found.removal is not None
+    assert found.removal.pairs == (known[0], known[3])
+    assert found.removal.tried == 2
+
+
 def test_sizes_beyond_the_models_reach_are_left_out() -> None:
     plan = Plan(prompts=1, others=1, pairs=0, all_dtypes=False)
     found = Evaluator(SMALL, 96, lambda _: Painter(), RedEyed(64).eval(), plan, lambda _: None).run("fp32")
