@@ -19,7 +19,7 @@ STEPS, GUIDANCE = 24, 4.0
 SHIFT = Shift(Growth(base_shift=1.5, max_shift=2.08, base_image_seq_len=1024, max_image_seq_len=4096))
 """4.5 at 512x512 and 8 at 1024x1024: about what the pictures were trained with (see plan.Size.shift).
 
-At 512x512 the demo draws 86 % of the shapes right in 16 steps with 3, 91 % in 24 with 4.5, hardly more in 48.
+At 512x512 the demo draws 85 % of the shapes right in 16 steps with 3, 91 % in 24 with 4.5, hardly more in 48.
 """
 
 SECONDS = 20.0
