@@ -142,9 +142,8 @@ def _give_up(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> No
     try:
         graph.capture_end()
     except RuntimeError:
-        with suppress(
-            RuntimeError, AttributeError
-        ):  # no public function tells the allocator, which would wait for ever
+        # The allocator would wait for ever; no public function tells it.
+        with suppress(RuntimeError, AttributeError):
             torch._C._cuda_endAllocateToPool(device.index or 0, pool)
         _pool.cache_clear()
 
