@@ -88,14 +88,14 @@ class FastMMDiT:
         yield self.mmdit.final_layer.adaLN_modulation
 
     def modulation(self, sigmas: Tensor, pooled: Tensor) -> Tensor:
-        """All modulations of one text at some noise levels; shape = (levels, width).
+        """All modulations at some noise levels, of one text or of one for each level; shape = (levels, width).
 
         sigmas : shape = (levels,), fp32
-        pooled : shape = (pooled_dim,)
+        pooled : shape = (pooled_dim,) or (levels, pooled_dim)
         """
         mmdit, dtype = self.mmdit, self.mmdit.context_embedder.weight.dtype
         embedded = mmdit.t_embedder(timestep_embedding(1000 * sigmas, TIMESTEP_DIM).to(dtype))
-        c = F.silu(embedded + mmdit.y_embedder(pooled[None].to(dtype)))
+        c = F.silu(embedded + mmdit.y_embedder(pooled.view(-1, pooled.shape[-1]).to(dtype)))
         return torch.cat([modulation[1](c) for modulation in self.modulations], dim=1)
 
     def embed(self, context: Tensor) -> Tensor:

@@ -11,12 +11,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-Function = Callable[..., Tensor]
+Output = TypeVar("Output", Tensor, tuple[Tensor, ...])
+Function = Callable[..., Any]
+"""Gives a tensor or a tuple of them."""
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ IDLE_RUNS = 1000
 class Recording(Protocol):
     """A recorded function: runs again on inputs of the same shapes. The output is overwritten by later runs."""
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Any:
         """The output for other inputs."""
 
 
@@ -57,7 +59,7 @@ class Graphs:
         """How many graphs there are. No __len__: without any yet, it would be falsy."""
         return len(self._recordings)
 
-    def run(self, key: Hashable, function: Function, *inputs: Tensor) -> Tensor:
+    def run(self, key: Hashable, function: Callable[..., Output], *inputs: Tensor) -> Output:
         """function(*inputs). A key stands for one function and the shapes of its inputs.
 
         The first time it runs plainly, which is what must go fast then; the second time it is recorded.
@@ -72,7 +74,8 @@ class Graphs:
             self._forget()
             return function(*inputs)
         self._recordings.move_to_end(key)
-        return recording(*inputs).clone()
+        output: Output = recording(*inputs)
+        return output.clone() if isinstance(output, Tensor) else tuple(part.clone() for part in output)
 
     def _recorded(self, key: Hashable, function: Function, *inputs: Tensor) -> Recording | None:
         """A new recording. None where that fails, mostly for want of memory: the key runs plainly for a while then."""
@@ -169,7 +172,7 @@ class _CudaGraph:
                 raise
         torch.cuda.current_stream(recorder.device).wait_stream(stream)
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Any:
         """The graph's output for other inputs."""
         for kept, given in zip(self.inputs, inputs, strict=True):
             kept.copy_(given)

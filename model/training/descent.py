@@ -36,18 +36,20 @@ class Descent:
         """One for each size's forward and backward pass, and one for the optimizers."""
         return Graphs(CudaRecorder(self.leg.device, warm=False), limit=16) if self.leg.on_gpu else None
 
-    def gradients(self, key: Hashable, loss_of: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """The loss of some inputs and, in the weights, its gradients; by a CUDA graph where that is possible.
+    def gradients(
+        self, key: Hashable, loss_of: Callable[..., tuple[Tensor, ...]], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What `loss_of` gives, the loss first, and in the weights its gradients; by a CUDA graph where possible.
 
         key : stands for the function and the shapes of its inputs
         """
 
-        def work(*given: Tensor) -> Tensor:
+        def work(*given: Tensor) -> tuple[Tensor, ...]:
             self.forget_gradients()
             with self.leg.autocast():
-                loss = loss_of(*given)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss.detach()
+                found = loss_of(*given)
+            found[0].backward()  # type: ignore[no-untyped-call]
+            return tuple(part.detach() for part in found)
 
         # Asked for anew in a second attempt, which has none.
         return self.attempt(lambda: work(*inputs) if self.graphs is None else self.graphs.run(key, work, *inputs))

@@ -26,6 +26,7 @@ from model.training.adapters import adapted
 from model.training.compiling import load_compiled, save_compiled
 from model.training.descent import Descent
 from model.training.feed import Captioned, Feed, first_seed
+from model.training.guide import Guide
 from model.training.loop import (
     Average,
     Leg,
@@ -40,7 +41,7 @@ from model.training.muon import adjustable
 from model.training.plan import Phase, Plan, Size, phase_at
 from model.training.sources import HELD_OUT_SEEDS, Drawings, Source
 from model.training.teacher import Teacher, Texts, load_teacher, write_comparison
-from model.training.windows import Window, guided, velocity, windows
+from model.training.windows import Window, velocity, windows
 from model.work import image_tokens
 
 TERMINAL = 0.4
@@ -153,6 +154,7 @@ class Run:
         self.settings, self.teacher, self.student, self.average, self.leg = settings, teacher, student, average, leg
         self.clock, self.log, self.device = leg.clock, leg.log, leg.device
         self.scale = teacher.guidance if settings.guidance is None else settings.guidance
+        self.guide = Guide(teacher, self.scale)
         self.shift = Shift(settings.shift or teacher.shift.by, settings.terminal)
         self.random = random.Random(settings.seed)
         self.descent = Descent(average, leg, settings.peak, self._new_optimizers)
@@ -161,8 +163,7 @@ class Run:
         reading = Captioned(settings.source, teacher.reader())
         self.feed = Feed(reading, first_seed(settings.seed, settings.begin), settings.processes)
         if settings.compiled:
-            torch._dynamo.config.recompile_limit = 16  # one for every kind of block, the teacher's and the student's
-            for block in (*teacher.mmdit.joint_blocks, *student.joint_blocks):
+            for block in student.joint_blocks:
                 block.compile(dynamic=True)  # once for all sizes
 
     def _new_optimizers(self, peak: float) -> list[torch.optim.Optimizer]:
@@ -236,22 +237,18 @@ class Run:
 
     def _step(self, x: Tensor, window: Window, texts: Texts) -> tuple[Tensor, Tensor, Tensor]:
         """One optimizer step: the loss, where the teacher ended, and where the student did."""
-        made = self.descent.attempt(lambda: self._window(x, window, texts))
         descent, s = self.descent, self.settings
-        descent.step(learning_rate(descent.peak, self.clock.fraction, descent.steps, s.warmup))
-        return made
-
-    def _window(self, x: Tensor, window: Window, texts: Texts) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients; returns as `_step` does."""
         span = window.start - window.end
-        with torch.no_grad(), self.leg.autocast():
-            ends = guided(self.teacher, x, window, texts, self.scale)
-        with self.leg.autocast():
-            v = velocity(self.student, x, window.start, texts)
-        loss = F.mse_loss(v, (x - ends) / span)
-        self.descent.forget_gradients()
-        loss.backward()
-        return loss.detach(), ends, x - span * v.detach()
+        ends = self.guide(x, window, texts)
+        inputs = x, x.new_full((), window.start), (x - ends) / span, texts.context, texts.pooled
+        loss, v = descent.gradients(x.shape, self._loss, *inputs)
+        descent.step(learning_rate(descent.peak, self.clock.fraction, descent.steps, s.warmup))
+        return loss, ends, x - span * v
+
+    def _loss(self, x: Tensor, sigma: Tensor, wanted: Tensor, context: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """How far the student's velocity is from the wanted one, and what it is."""
+        v = velocity(self.student, x, sigma, Texts(context, pooled))
+        return F.mse_loss(v, wanted), v
 
     def averaged_distance(self) -> float:
         """`distance` with the averaged weights."""
@@ -278,11 +275,12 @@ class Run:
             texts = self.teacher.read_captions(captions[first : first + size.batch])
             shape = (len(texts.pooled), self.student.config.in_channels, size.height // 8, size.width // 8)
             start = torch.randn(shape, generator=generator).to(self.device)
-            with self.leg.autocast():
-                theirs, own = start, start
-                for window in self.windows(size):
-                    theirs = guided(self.teacher, theirs, window, texts, self.scale)
-                    own = own - (window.start - window.end) * velocity(self.student, own, window.start, texts)
+            theirs, own = start, start
+            for window in self.windows(size):
+                theirs = self.guide(theirs, window, texts)
+                with self.leg.autocast():
+                    v = velocity(self.student, own, window.start, texts)
+                own = own - (window.start - window.end) * v
             errors += (own - theirs).square().sum().item()
             squares += (theirs - theirs.mean()).square().sum().item()
         return float((errors / max(squares, 1e-12)) ** 0.5)

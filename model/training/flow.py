@@ -219,14 +219,13 @@ class Run:
         latents, tokens = self.reservoir.take(size)
         noise, sigma = torch.randn_like(latents), sample_sigma(len(latents), size.shift, s.uniform, self.device)
         dropped = self.dropout(tokens)
-        loss = self.descent.gradients(size, self._loss, latents, noise, sigma, *dropped)
+        (loss,) = self.descent.gradients(size, self._loss, latents, noise, sigma, *dropped)
         self.descent.step(learning_rate(self.descent.peak, fraction, step, s.warmup // 4 if s.resume else s.warmup))
         self.pictures += len(latents) * team.size()
         return loss
 
-    def _loss(self, latents: Tensor, noise: Tensor, sigma: Tensor, *tokens: Tensor) -> Tensor:
-        loss: Tensor = self.net(latents, noise, sigma, tokens)
-        return loss
+    def _loss(self, latents: Tensor, noise: Tensor, sigma: Tensor, *tokens: Tensor) -> tuple[Tensor]:
+        return (self.net(latents, noise, sigma, tokens),)
 
     def save(self, measures: dict[str, float]) -> None:
         """The weights, their average (what is used later) and the record."""

@@ -41,20 +41,24 @@ def windows(steps: int, shift: Shift, substeps: int, tokens: int) -> list[Window
     return found
 
 
-def velocity(mmdit: MMDiT, x: Tensor, sigma: float, texts: Texts) -> Tensor:
-    """What a net says without guidance, in fp32. x : shape = (batch, 16, h/8, w/8)."""
-    timestep = torch.full((len(x),), 1000 * sigma, device=x.device)
+def velocity(mmdit: MMDiT, x: Tensor, sigma: float | Tensor, texts: Texts) -> Tensor:
+    """What a net says without guidance, in fp32. x : shape = (batch, 16, h/8, w/8); sigma : a number, for all rows."""
+    timestep = 1000 * torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
     found: Tensor = mmdit(x, timestep, texts.context, texts.pooled)
     return found.float()
 
 
+def with_empty(texts: Texts, teacher: Teacher) -> Texts:
+    """Texts and behind them, for each, the empty prompt."""
+    return Texts(
+        torch.cat([texts.context, teacher.empty.context.expand_as(texts.context)]),
+        torch.cat([texts.pooled, teacher.empty.pooled.expand_as(texts.pooled)]),
+    )
+
+
 def guided(teacher: Teacher, x: Tensor, window: Window, texts: Texts, scale: float) -> Tensor:
     """Where the guided teacher's ODE leads from the window's start to its end, by Euler's method."""
-    if scale > 1:
-        both = Texts(
-            torch.cat([texts.context, teacher.empty.context.expand_as(texts.context)]),
-            torch.cat([texts.pooled, teacher.empty.pooled.expand_as(texts.pooled)]),
-        )
+    both = with_empty(texts, teacher) if scale > 1 else texts
     for sigma, after in pairwise(window.levels):
         if scale > 1:
             v, v_empty = velocity(teacher.mmdit, torch.cat([x, x]), sigma, both).chunk(2)

@@ -21,6 +21,7 @@ from model.sampling import Growth, Shift, noise, sigmas
 from model.training import distillation
 from model.training.adapters import adapted, save_difference
 from model.training.distillation import TERMINAL, Distillation, distil
+from model.training.guide import Guide
 from model.training.loop import Average, Leg, load_shards, read_record
 from model.training.plan import Phase, Size
 from model.training.teacher import Teacher, load_teacher, write_comparison
@@ -90,6 +91,17 @@ def test_the_teacher_goes_where_its_pipeline_does(teacher: Teacher) -> None:
             x = guided(teacher, x, window, teacher.read_captions(["a red cat"]), 3.0)
     assert handle is not None
     torch.testing.assert_close(x[0], handle.x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_fast_way_goes_where_the_plain_one_does(teacher: Teacher, scale: float) -> None:
+    x, texts = torch.randn(2, 16, 8, 8), teacher.read_captions(["a red cat", "the sea"])
+    guide = Guide(teacher, scale, fast=True)
+    with torch.no_grad():
+        for window in windows(2, TURBO, 3, 16):
+            torch.testing.assert_close(
+                guide(x, window, texts), guided(teacher, x, window, texts, scale), atol=1e-4, rtol=1e-4
+            )
 
 
 def test_captions_are_read_from_tokens_as_from_words(teacher: Teacher) -> None:

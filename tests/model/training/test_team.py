@@ -30,7 +30,7 @@ torch.nn.init.constant_(net.weight, float(team.rank()))  # the leader's count
 descent = Descent(Average(net, 0.9), leg, 0.1, lambda peak: [torch.optim.SGD(net.parameters(), lr=peak)])
 begun = net.weight.sum().item()
 given = torch.full((1, 3), 1.0 + team.rank())
-descent.gradients("one", lambda x: net(x).sum(), given)
+descent.gradients("one", lambda x: (net(x).sum(),), given)
 descent.step(0.1)
 descent.report(float(team.rank()))
 leg.clock.tick()
