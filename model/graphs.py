@@ -6,10 +6,11 @@ and in the same memory, bit for bit the same result; only the inputs are copied 
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, Protocol, TypeVar
 
@@ -151,6 +152,18 @@ def _give_up(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> No
         _pool.cache_clear()
 
 
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Without Python's garbage collection: a graph among the garbage that goes ends a capture on the way."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
 class _CudaGraph:
     def __init__(self, recorder: CudaRecorder, function: Function, inputs: tuple[Tensor, ...]) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
@@ -163,13 +176,14 @@ class _CudaGraph:
             stream.synchronize()
             # What the plain runs have used would otherwise stay beside the graph's own memory, unused.
             torch.cuda.empty_cache()
-            self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                self.output = function(*self.inputs)
-                self.graph.capture_end()
-            except BaseException:
-                _give_up(self.graph, recorder.device, pool)
-                raise
+            with _nothing_collected():
+                self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    self.output = function(*self.inputs)
+                    self.graph.capture_end()
+                except BaseException:
+                    _give_up(self.graph, recorder.device, pool)
+                    raise
         torch.cuda.current_stream(recorder.device).wait_stream(stream)
 
     def __call__(self, *inputs: Tensor) -> Any:

@@ -1,6 +1,6 @@
 """A bundle's pictures to look at: one prompt through styles and seeds, and a few prompts of all kinds.
 
-python -m model.evaluation.gallery --model model/bundles/demo --styles styles.png --prompts prompts.png
+python -m model.evaluation.gallery --model model/bundles/demo --styles styles.jpg --prompts prompts.jpg
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from model.weights import CheckpointError
 STYLES = ("flat illustration", "line art", "pixel art", "watercolour", "3D render")
 SEEDS = 4
 SHOWN = 2  # a picture's side in the sheet is so many times shorter
-COLOURS = 255  # of the file: drawings need no more
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,8 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", type=Path, required=True, help="a bundle's folder")
     parser.add_argument("--prompt", default="a red boat at sea", help="of the sheet of styles and seeds")
-    parser.add_argument("--styles", type=Path, help="a PNG file: the prompt in a style each row, a seed each column")
-    parser.add_argument("--prompts", type=Path, help="a PNG file: two dozen prompts, held-out ones among them")
+    parser.add_argument(
+        "--styles", type=Path, help="a picture file: the prompt in a style each row, a seed each column"
+    )
+    parser.add_argument("--prompts", type=Path, help="a picture file: two dozen prompts, held-out ones among them")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -44,11 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if options.styles:
         asked = [(f"{options.prompt}, {style}", seed) for style in STYLES for seed in range(SEEDS)]
-        sheet(subject, asked, columns=SEEDS).save(options.styles, optimize=True)
+        _write(sheet(subject, asked, columns=SEEDS), options.styles)
     if options.prompts:
-        sheet(subject, [(prompt, n) for n, prompt in enumerate(PROMPTS)], columns=6).save(
-            options.prompts, optimize=True
-        )
+        _write(sheet(subject, [(prompt, n) for n, prompt in enumerate(PROMPTS)], columns=6), options.prompts)
     return 0
 
 
@@ -56,8 +55,7 @@ def sheet(subject: Subject, asked: Sequence[tuple[str, int]], columns: int) -> I
     """Prompts and seeds as pictures, by the model's own defaults."""
     pictures = torch.stack([picture(subject, prompt, seed) for prompt, seed in asked])
     small = torch.nn.functional.avg_pool2d(pictures, SHOWN)
-    whole = contact_sheet(small, [prompt for prompt, _ in asked], columns=columns)
-    return whole.quantize(COLOURS)
+    return contact_sheet(small, [prompt for prompt, _ in asked], columns=columns)
 
 
 def picture(subject: Subject, prompt: str, seed: int) -> Tensor:
@@ -65,6 +63,10 @@ def picture(subject: Subject, prompt: str, seed: int) -> Tensor:
     params = subject.card.params(prompt, seed)
     pixels = run(generate(params, subject.pipeline.shift), subject.pipeline).pixels
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _write(sheet: Image.Image, path: Path) -> None:
+    sheet.save(path, quality=88, subsampling=0, optimize=True)  # of a JPEG; other formats take what they know
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from model.training.loop import (
     load_shards,
     read_record,
     save_shards,
+    what_came_before,
     write_record,
 )
 from model.training.muon import adjustable
@@ -302,6 +303,7 @@ class Run:
                 "end": settings.end, "peak": settings.peak, "plan": [asdict(phase) for phase in settings.plan],
                 "device": device_name(leg.device), "gpus": team.size(),
                 "resumed": str(settings.resume) if settings.resume else None,
+                "before": what_came_before(settings.resume) if settings.resume else None,
                 "log": leg.log.rows[:: max(1, len(leg.log.rows) // 40)],
             },
         )  # fmt: skip

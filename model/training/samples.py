@@ -15,7 +15,7 @@ from model.training.net import FlowNet
 from model.training.sheets import contact_sheet
 from model.vae import VAE
 
-STEPS, GUIDANCE = 24, 4.0
+STEPS, GUIDANCE = 24, 5.0
 SHIFT = Shift(Growth(base_shift=1.5, max_shift=2.08, base_image_seq_len=1024, max_image_seq_len=4096))
 """4.5 at 512x512 and 8 at 1024x1024: about what the pictures were trained with (see plan.Size.shift).
 

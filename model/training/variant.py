@@ -15,9 +15,11 @@ from model.training.loop import load_shards, read_record
 LIMIT_BYTES = 3_200_000
 
 
-def export_turbo(teacher: Path, turbo: Path, out: Path) -> int:
+def export_turbo(teacher: Path, turbo: Path, out: Path, scale: float = 1.0) -> int:
     """Writes the variant of the bundle `teacher` that the run `turbo` made into a new folder; returns its bytes.
 
+    scale : of the change, as a LoRA has one: a student that learnt by mean squares falls short of its teacher's
+            guidance, and a little more of the change than it learnt makes up for that
     The folder names its base by a relative path: they move together.
     Errors: ValueError if the run had another teacher or the folder becomes too large; CheckpointError, FileExistsError.
     """
@@ -26,13 +28,19 @@ def export_turbo(teacher: Path, turbo: Path, out: Path) -> int:
         raise ValueError(f"{turbo} holds a {record.get('what')}, expected what distill writes")
     if record["teacher"] not in (None, base.revision):
         raise ValueError(f"{turbo} was distilled from revision {record['teacher']}, but {teacher} is {base.revision}")
+    if not 0 < scale <= 2:
+        raise ValueError(f"scale is {scale:g}, expected more than 0 and at most 2")
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty")
     out.mkdir(parents=True, exist_ok=True)
-    save_difference(load_shards(turbo, "turbo"), base.mmdit_config, out / FILE)
+    change = {
+        name: scale * tensor if name.endswith((".b", ".c")) else tensor
+        for name, tensor in load_shards(turbo, "turbo").items()
+    }
+    save_difference(change, base.mmdit_config, out / FILE)
     card = _card(os.path.relpath(teacher.resolve(), out.resolve()), base.base_revision, record)
     (out / CARD).write_text(json.dumps(card, indent=1) + "\n")
-    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / "training.json").write_text(json.dumps(record | {"scale": scale}, indent=1) + "\n")
     size = sum(path.stat().st_size for path in out.iterdir())
     if size > LIMIT_BYTES:
         raise ValueError(f"{out} takes {size:,} bytes, more than {LIMIT_BYTES:,}: distil with a lower rank")

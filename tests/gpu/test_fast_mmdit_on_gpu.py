@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from functools import partial
 
@@ -163,6 +164,21 @@ def test_a_failed_capture_leaves_the_next_ones_in_order() -> None:
     torch.cuda.empty_cache()
     recording = record(lambda x: 2 * x, torch.ones(4, device=CUDA))
     assert recording(torch.full((4,), 3.0, device=CUDA)).tolist() == [6.0] * 4
+
+
+def test_graphs_that_have_become_garbage_do_not_end_a_capture() -> None:
+    record = CudaRecorder(CUDA)
+    forgotten: list[object] = [record(lambda x: 2 * x, torch.ones(4, device=CUDA))]
+    forgotten.append(forgotten)
+    del forgotten
+
+    def busy(x: Tensor) -> Tensor:
+        made = [[n] for n in range(100_000)]  # enough to start the collection, were it on
+        return x + len(made)
+
+    recording = record(busy, torch.ones(4, device=CUDA))
+    assert recording(torch.zeros(4, device=CUDA)).tolist() == [100_000.0] * 4
+    assert gc.isenabled()
 
 
 @torch.inference_mode()

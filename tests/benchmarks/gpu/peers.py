@@ -35,7 +35,9 @@ class Kind:
         if self.fp8:
             from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
-            quantize_(found, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+            # Its tuning of every kernel takes minutes, and would stay on for the rows after this one.
+            way = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+            quantize_(found, way)
         if self.fa3:
             found.set_attn_processor(FlashProcessor())
         if self.whole:

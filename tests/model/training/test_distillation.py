@@ -154,6 +154,9 @@ def test_a_run_goes_on_from_an_earlier_one_of_its_kind(turbo: Path, bundle: Path
     live, kept = load_shards(turbo, "live"), load_shards(turbo, "turbo")
     assert all(torch.equal(p, live[name]) for name, p in student.named_parameters() if p.requires_grad)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in average.state().items())
+    again = replace(settings, out=turbo.parent / "again")
+    distil(again, CPU)
+    assert read_record(again.out)["before"]["metrics"] == read_record(turbo)["metrics"]
     with pytest.raises(ValueError, match="was distilled with rank 8, not 4"):
         distillation.restore(average, replace(settings, rank=4))
 
@@ -195,6 +198,19 @@ def test_an_exported_run_is_a_variant_beside_its_base(turbo: Path, bundle: Path)
     assert run(generate(params, pipeline.shift), pipeline).pixels.shape == (64, 64, 3)
     with pytest.raises(FileExistsError, match="is not empty"):
         export_turbo(bundle, turbo, out)
+
+
+def test_an_exported_change_is_as_large_as_its_scale(turbo: Path, bundle: Path) -> None:
+    plain, twice = (bundle.parent / name for name in ("plain", "twice"))
+    export_turbo(bundle, turbo, plain)
+    export_turbo(bundle, turbo, twice, scale=2.0)
+    base, once, more = (load_components(path, CPU, torch.float32).mmdit for path in (bundle, plain, twice))
+    for name, weight in base.named_parameters():
+        change = once.get_parameter(name) - weight
+        torch.testing.assert_close(more.get_parameter(name) - weight, 2 * change, atol=2e-4, rtol=2e-3)
+    assert read_record(twice)["scale"] == 2.0
+    with pytest.raises(ValueError, match="scale is 3, expected more than 0 and at most 2"):
+        export_turbo(bundle, turbo, bundle.parent / "thrice", scale=3.0)
 
 
 def test_a_run_is_exported_for_its_own_teacher_only(turbo: Path, bundle: Path, tmp_path: Path) -> None:
