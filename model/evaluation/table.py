@@ -146,7 +146,7 @@ def _line(setting: str, score: str, one: Count, target: str, verdict: str, recor
     line = LINE.format(setting, score, f"{one.right}/{one.asked}", share, interval, target, verdict)
     was = record.shares.get((setting, score)) if record else None
     if was is not None and one.asked:
-        line = f"{line:<104}recorded {100 * was:.1f} %: {'inside' if low <= was <= high else 'OUTSIDE'}"
+        line = f"{line:<104}  recorded {100 * was:.1f} %: {'inside' if low <= was <= high else 'OUTSIDE'}"
     return line.rstrip()
 
 

@@ -81,6 +81,8 @@ def parser() -> argparse.ArgumentParser:
         _add_leg(command)
     for command in (vae, flow, profile, distill):
         _add_source(command)
+    for command in (vae, flow, profile):
+        _add_compiling(command)
     _add_distill(distill)
     for command in (flow, profile):
         _add_flow(command)
@@ -133,9 +135,12 @@ def _add_source(command: argparse.ArgumentParser) -> None:
     which.add_argument("--pictures", type=Path, help="a folder of your own pictures and captions")
     which.add_argument("--source", dest="function", help="package.module:function that draws a seed's picture")
     command.add_argument("--seed", type=int, default=1)
+    command.add_argument("--processes", type=int, help="processes that make or read pictures and captions")
+
+
+def _add_compiling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no-compile", dest="compiled", action="store_false", help="run without torch.compile")
     command.add_argument("--cache", type=Path, help="folder of what was compiled; a later leg then starts sooner")
-    command.add_argument("--processes", type=int, help="processes that make or read pictures and captions")
 
 
 def _add_flow(command: argparse.ArgumentParser) -> None:

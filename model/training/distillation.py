@@ -23,7 +23,6 @@ from model.mmdit import MMDiT
 from model.sampling import Shift
 from model.training import team
 from model.training.adapters import adapted
-from model.training.compiling import load_compiled, save_compiled
 from model.training.descent import Descent
 from model.training.feed import Captioned, Feed, first_seed
 from model.training.guide import Guide
@@ -89,8 +88,6 @@ class Distillation:
     begin: float = 0.0
     end: float = 1.0
     resume: Path | None = None
-    cache: Path | None = None  # folder of what was compiled
-    compiled: bool = True
     processes: int | None = None
     samples: bool = True
 
@@ -117,7 +114,6 @@ def distil(settings: Distillation, device: torch.device) -> dict[str, float]:
         restore(average, settings)
     changed = sum(p.numel() for p in average.live)
     leg.log.say(f"{changed:,} parameters of change at rank {settings.rank} on {device_name(device)}")
-    load_compiled(settings.cache, leg.log)
     torch.manual_seed(settings.seed + team.rank())  # the first weights are alike, noise is not
     run = Run(settings, teacher, student, average, leg)
     measures = run.loop()
@@ -125,11 +121,9 @@ def distil(settings: Distillation, device: torch.device) -> dict[str, float]:
     if not team.leads():
         return measures
     run.save(measures)
-    save_compiled(settings.cache, leg.log)
     if settings.samples and teacher.vae is not None:
         average.swap()
-        with torch.compiler.set_stance("force_eager"):
-            write_comparison(teacher, student, settings.steps, run.shift, settings.out / "turbo.png")
+        write_comparison(teacher, student, settings.steps, run.shift, settings.out / "turbo.png")
         leg.log.say(f"samples after {leg.clock.elapsed:.0f} s")
     return measures
 
@@ -159,13 +153,10 @@ class Run:
         self.shift = Shift(settings.shift or teacher.shift.by, settings.terminal)
         self.random = random.Random(settings.seed)
         self.descent = Descent(average, leg, settings.peak, self._new_optimizers)
-        self.descent.compiled = settings.compiled
+        self.descent.compiled = False  # in a leg of minutes it would cost more than it saves: the teacher has most
         self.rows, self.before = 0, float("nan")
         reading = Captioned(settings.source, teacher.reader())
         self.feed = Feed(reading, first_seed(settings.seed, settings.begin), settings.processes)
-        if settings.compiled:
-            for block in student.joint_blocks:
-                block.compile(dynamic=True)  # once for all sizes
 
     def _new_optimizers(self, peak: float) -> list[torch.optim.Optimizer]:
         weights, gpu = self.average.live, self.leg.on_gpu
@@ -264,7 +255,7 @@ class Run:
 
         The root of the mean squared difference, as a share of the teacher's standard deviation.
         """
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad():
             return self._distance()
 
     def _distance(self) -> float:

@@ -56,7 +56,7 @@ def test_a_student_learns_by_graphs_what_it_learns_without(tmp_path: Path) -> No
         teacher = load_teacher(DEMO, DEVICE)
         student = adapted(teacher.mmdit, rank=4).to(DEVICE)
         settings = Distillation(
-            out=tmp_path, teacher=DEMO, minutes=1.0, rank=4, plan=(Phase(1.0, (Size(256, 256, 8),)),), compiled=False,
+            out=tmp_path, teacher=DEMO, minutes=1.0, rank=4, plan=(Phase(1.0, (Size(256, 256, 8),)),),
             processes=0,
         )  # fmt: skip
         leg = Leg.start(1.0, 0, (0.0, 1.0), DEVICE)

@@ -332,7 +332,7 @@ def test_every_target_is_told_reached_or_missed() -> None:
     assert said["default", "colour"].split()[-5:] == ["at", "least", "95", "%", "ok"]
     assert said["768x512", "shape"].split()[-6:] == ["ratio", "0.84,", "at", "least", "0.9", "MISSED"]
     assert said["512x768", "shape"].endswith("ok")
-    assert said["guidance", "1"].split()[-1] == "30.1"
+    assert said["guidance", "1"].split()[-1] == "31.7"
     assert said["negative", "removed"].endswith("ok")
     assert said["negative", "kept"].endswith("MISSED")
     assert "clean drawings: shape 98.7" in "\n".join(lines)

@@ -8,7 +8,7 @@ import pytest
 
 from model.evaluation.checker import MALFORMED, Reading, Seen
 from model.evaluation.prompts import Asked, Request
-from model.evaluation.scores import Count, assign, count, distances, is_at, judge, wilson
+from model.evaluation.scores import Count, assign, count, distances, exact, is_at, judge
 
 
 def seen(shape: str, colour: str, x: float = 0.0, y: float = 0.0, score: float = 0.9) -> Seen:
@@ -25,14 +25,15 @@ def reading(*things: Seen, style: str = "flat", colours: tuple[str, ...] = ("whi
 
 @pytest.mark.parametrize(
     ("right", "asked", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662), (95, 100, 0.8882, 0.9785)],
+    # As Newcombe's table of 1998 has them (Statistics in Medicine 17, 857-872), and one turned around.
+    [(81, 263, 0.2527, 0.3676), (15, 148, 0.0578, 0.1617), (0, 20, 0.0, 0.1684), (28, 29, 0.8224, 0.9991)],
 )
-def test_the_interval_is_wilsons(right: int, asked: int, low: float, high: float) -> None:
-    assert wilson(right, asked) == pytest.approx((low, high), abs=1e-4)
+def test_the_interval_is_the_exact_one(right: int, asked: int, low: float, high: float) -> None:
+    assert exact(right, asked) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_of_nothing_asked_nothing_is_known() -> None:
-    assert wilson(0, 0) == (0.0, 1.0)
+    assert exact(0, 0) == (0.0, 1.0)
     assert math.isnan(Count().share)
 
 

@@ -51,7 +51,7 @@ def teacher(bundle: Path) -> Teacher:
 def distillation_of(bundle: Path, out: Path) -> Distillation:
     return Distillation(
         out=out, teacher=bundle, minutes=0.0, rank=8, plan=(Phase(1.0, (Size(32, 32, 4),)),), measured=4, substeps=2,
-        warmup=2, peak=3e-3, average=0.8, compiled=False, processes=0, samples=False,
+        warmup=2, peak=3e-3, average=0.8, processes=0, samples=False,
     )  # fmt: skip
 
 
