@@ -134,7 +134,7 @@ def _pool(device: torch.device) -> tuple[Any, torch.cuda.CUDAGraph]:
     One is enough: no two graphs run at the same time, nor is a result needed when another has run.
     """
     handle, held, stream = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), _nothing_collected():
         held.capture_begin(pool=handle, capture_error_mode="thread_local")
         torch.zeros(1, device=device)
         held.capture_end()

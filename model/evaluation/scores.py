@@ -82,10 +82,12 @@ def _least(right: int, asked: int, chance: float) -> float:
     """The share by which so many or more of those asked are right with this chance."""
     if not right:
         return 0.0
+    ways = [math.lgamma(asked + 1) - math.lgamma(k + 1) - math.lgamma(asked - k + 1) for k in range(asked + 1)]
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        tail = sum(math.comb(asked, k) * middle**k * (1 - middle) ** (asked - k) for k in range(right, asked + 1))
+        hit, miss = math.log(middle), math.log1p(-middle)
+        tail = sum(math.exp(ways[k] + k * hit + (asked - k) * miss) for k in range(right, asked + 1))
         low, high = (middle, high) if tail < chance else (low, middle)
     return low
 

@@ -122,12 +122,12 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_leg(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, required=True, help="folder for weights, sheets and training.json")
-    command.add_argument("--minutes", type=float, required=True, help="length of this leg, compiling included")
+    command.add_argument("--minutes", type=float, required=True, help="length of this leg, from start to end")
     command.add_argument("--resume", type=Path, help="the folder of an earlier leg")
     command.add_argument("--begin", type=float, default=0.0, help="where in the schedule this leg begins")
     command.add_argument("--end", type=float, default=1.0, help="where it ends, at most 1")
     command.add_argument("--peak", type=float, help="the highest learning rate")
-    command.add_argument("--average", type=float, help="decay of the weights' running average (0.999)")
+    command.add_argument("--average", type=float, help="decay of the weights' running average (0.999, distill 0.995)")
 
 
 def _add_source(command: argparse.ArgumentParser) -> None:

@@ -153,7 +153,8 @@ class Run:
         self.shift = Shift(settings.shift or teacher.shift.by, settings.terminal)
         self.random = random.Random(settings.seed)
         self.descent = Descent(average, leg, settings.peak, self._new_optimizers)
-        self.descent.compiled = False  # in a leg of minutes it would cost more than it saves: the teacher has most
+        self.descent.compiled = False  # so there is no other way to try
+        self.earlier = what_came_before(settings.resume) if settings.resume else None
         self.rows, self.before = 0, float("nan")
         reading = Captioned(settings.source, teacher.reader())
         self.feed = Feed(reading, first_seed(settings.seed, settings.begin), settings.processes)
@@ -271,7 +272,7 @@ class Run:
             for window in self.windows(size):
                 theirs = self.guide(theirs, window, texts)
                 with self.leg.autocast():
-                    v = velocity(self.student, own, window.start, texts)
+                    v = velocity(self.student, own, own.new_full((), window.start), texts)
                 own = own - (window.start - window.end) * v
             errors += (own - theirs).square().sum().item()
             squares += (theirs - theirs.mean()).square().sum().item()
@@ -294,7 +295,7 @@ class Run:
                 "end": settings.end, "peak": settings.peak, "plan": [asdict(phase) for phase in settings.plan],
                 "device": device_name(leg.device), "gpus": team.size(),
                 "resumed": str(settings.resume) if settings.resume else None,
-                "before": what_came_before(settings.resume) if settings.resume else None,
+                "before": self.earlier,
                 "log": leg.log.rows[:: max(1, len(leg.log.rows) // 40)],
             },
         )  # fmt: skip

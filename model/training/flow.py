@@ -147,6 +147,8 @@ class Run:
         self.descent = Descent(average, leg, settings.peak, self._new_optimizers)
         self.descent.compiled = settings.compiled
         self.pictures, self.validated = 0, 0.0
+        earlier = settings.resume or settings.start
+        self.before = what_came_before(earlier) if earlier and (earlier / "training.json").is_file() else None
         reader = net.reader()
         self.dropout = Dropout(reader, settings.dropout, self.device)
         self.feed = Feed(
@@ -238,8 +240,6 @@ class Run:
         if own:
             save_tokenizers(self.net, s.out)
         start = read_record(s.resume).get("start") if s.resume else s.start
-        earlier = s.resume or s.start
-        before = what_came_before(earlier) if earlier and (earlier / "training.json").is_file() else None
         write_record(
             s.out,
             {
@@ -249,7 +249,7 @@ class Run:
                 "seed": s.seed, "begin": s.begin, "end": s.end, "optimizer": s.optimizer, "peak": s.peak,
                 "reuse": s.reuse, "plan": [asdict(phase) for phase in s.plan], "device": device_name(self.device),
                 "gpus": team.size(),
-                "resumed": str(s.resume) if s.resume else None, "before": before, "vae": str(s.vae),
+                "resumed": str(s.resume) if s.resume else None, "before": self.before, "vae": str(s.vae),
                 "log": self.log.rows[:: max(1, len(self.log.rows) // 60)],
             },
         )  # fmt: skip

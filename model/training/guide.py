@@ -18,7 +18,7 @@ from model.training.windows import Window, guided, with_empty
 class Guide:
     """Leads latents where a guided teacher's ODE does: on CUDA as pictures are made there, in bf16, by CUDA graphs.
 
-    A distillation's time is its teacher's: a dozen passes for each of the student's.
+    Plainly a distillation's time is its teacher's: with guidance two passes for each of its steps in a window.
     """
 
     def __init__(self, teacher: Teacher, scale: float, fast: bool | None = None) -> None:

@@ -18,10 +18,13 @@ LIMIT_BYTES = 3_200_000
 def export_turbo(teacher: Path, turbo: Path, out: Path, scale: float = 1.0) -> int:
     """Writes the variant of the bundle `teacher` that the run `turbo` made into a new folder; returns its bytes.
 
+    The folder names its base by a relative path: they move together.
+
     scale : of the change, as a LoRA has one: a student that learnt by mean squares falls short of its teacher's
             guidance, and a little more of the change than it learnt makes up for that
-    The folder names its base by a relative path: they move together.
-    Errors: ValueError if the run had another teacher or the folder becomes too large; CheckpointError, FileExistsError.
+
+    Errors: ValueError if the run had another teacher, the scale is out of range or the folder becomes too large;
+    CheckpointError, FileExistsError.
     """
     record, base = read_record(turbo), find(teacher)
     if record.get("what") != "turbo":

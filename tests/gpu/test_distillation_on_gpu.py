@@ -56,7 +56,7 @@ def test_a_student_learns_by_graphs_what_it_learns_without(tmp_path: Path) -> No
         teacher = load_teacher(DEMO, DEVICE)
         student = adapted(teacher.mmdit, rank=4).to(DEVICE)
         settings = Distillation(
-            out=tmp_path, teacher=DEMO, minutes=1.0, rank=4, plan=(Phase(1.0, (Size(256, 256, 8),)),),
+            out=tmp_path, teacher=DEMO, minutes=1.0, rank=4, plan=(Phase(1.0, (Size(256, 256, 8), Size(256, 192, 8))),),
             processes=0,
         )  # fmt: skip
         leg = Leg.start(1.0, 0, (0.0, 1.0), DEVICE)
@@ -64,5 +64,7 @@ def test_a_student_learns_by_graphs_what_it_learns_without(tmp_path: Path) -> No
         if not by_graphs:
             run.descent.graphs = run.guide.graphs = None
         losses.append(torch.stack([loss for _ in range(4) for loss in run.run()]).cpu())
+        if run.descent.graphs and run.guide.graphs:  # of both sizes, and of the optimizer
+            assert (run.descent.graphs.held, run.guide.graphs.held) == (3, 2)
     assert torch.isfinite(losses[0]).all()
     torch.testing.assert_close(losses[0], losses[1], rtol=0.03, atol=1e-3)

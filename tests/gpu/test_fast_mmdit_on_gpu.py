@@ -167,15 +167,15 @@ def test_a_failed_capture_leaves_the_next_ones_in_order() -> None:
 
 
 def test_graphs_that_have_become_garbage_do_not_end_a_capture() -> None:
-    record = CudaRecorder(CUDA)
-    forgotten: list[object] = [record(lambda x: 2 * x, torch.ones(4, device=CUDA))]
-    forgotten.append(forgotten)
-    del forgotten
-
     def busy(x: Tensor) -> Tensor:
         made = [[n] for n in range(100_000)]  # enough to start the collection, were it on
         return x + len(made)
 
+    record = CudaRecorder(CUDA, warm=False)  # a run before the recording would collect already
+    busy(torch.ones(4, device=CUDA))
+    forgotten: list[object] = [record(lambda x: 2 * x, torch.ones(4, device=CUDA))]
+    forgotten.append(forgotten)
+    del forgotten
     recording = record(busy, torch.ones(4, device=CUDA))
     assert recording(torch.zeros(4, device=CUDA)).tolist() == [100_000.0] * 4
     assert gc.isenabled()

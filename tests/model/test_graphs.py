@@ -49,6 +49,15 @@ def test_what_comes_out_is_not_overwritten_by_the_next_run() -> None:
     assert first.item() == 2
 
 
+def test_nor_is_any_of_several_tensors_that_come_out() -> None:
+    held = torch.zeros(()), torch.zeros(())
+    graphs = Graphs(lambda function, *inputs: lambda x: tuple(one.copy_(x + n) for n, one in enumerate(held)))
+    graphs.run("a", lambda x: (x, x + 1), torch.tensor(0.0))
+    first = graphs.run("a", lambda x: (x, x + 1), torch.tensor(1.0))
+    graphs.run("a", lambda x: (x, x + 1), torch.tensor(5.0))
+    assert [part.item() for part in first] == [1, 2]
+
+
 def test_more_keys_than_there_is_place_for_run_plainly() -> None:
     notebook = Notebook()
     graphs = Graphs(notebook, limit=8)

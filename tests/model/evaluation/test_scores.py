@@ -25,8 +25,14 @@ def reading(*things: Seen, style: str = "flat", colours: tuple[str, ...] = ("whi
 
 @pytest.mark.parametrize(
     ("right", "asked", "low", "high"),
-    # As Newcombe's table of 1998 has them (Statistics in Medicine 17, 857-872), and one turned around.
-    [(81, 263, 0.2527, 0.3676), (15, 148, 0.0578, 0.1617), (0, 20, 0.0, 0.1684), (28, 29, 0.8224, 0.9991)],
+    # As Newcombe's table of 1998 has them (Statistics in Medicine 17, 857-872), one turned around; and many.
+    [
+        (81, 263, 0.2527, 0.3676),
+        (15, 148, 0.0578, 0.1617),
+        (0, 20, 0.0, 0.1684),
+        (28, 29, 0.8224, 0.9991),
+        (1000, 2000, 0.4779, 0.5221),
+    ],
 )
 def test_the_interval_is_the_exact_one(right: int, asked: int, low: float, high: float) -> None:
     assert exact(right, asked) == pytest.approx((low, high), abs=1e-4)
