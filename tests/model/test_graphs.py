@@ -68,21 +68,30 @@ def test_more_keys_than_there_is_place_for_run_plainly() -> None:
 
 
 def test_a_graph_that_was_long_not_used_gives_its_place_away() -> None:
-    graphs = Graphs(Notebook(), limit=2)
+    notebook = Notebook()
+    graphs = Graphs(notebook, limit=2)
     for key in ("rare", "common", "rare", "common"):
         graphs.run(key, double, torch.tensor(1))
     for _ in range(IDLE_RUNS + 1):
         graphs.run("common", double, torch.tensor(1))
     for _ in range(2):
         graphs.run("new", double, torch.tensor(1))
-    assert list(graphs._recordings) == ["common", "new"]
+    assert (graphs.held, notebook.recorded) == (2, 3)
+    replayed = notebook.replayed
+    for key in ("common", "new", "rare"):
+        graphs.run(key, double, torch.tensor(1))
+    assert (notebook.recorded, notebook.replayed - replayed) == (3, 2)  # the rare one runs plainly again
 
 
 def test_keys_that_never_come_again_are_forgotten() -> None:
-    graphs = Graphs(Notebook(), limit=2)
+    notebook = Notebook()
+    graphs = Graphs(notebook, limit=2)
     for key in range(1000):
         graphs.run(key, double, torch.tensor(1))
-    assert len(graphs._used) <= 16
+    graphs.run(0, double, torch.tensor(1))
+    assert notebook.recorded == 0  # as if it came for the first time
+    graphs.run(999, double, torch.tensor(1))
+    assert notebook.recorded == 1
 
 
 def test_what_cannot_be_recorded_runs_plainly_and_is_not_tried_again(caplog: pytest.LogCaptureFixture) -> None:
