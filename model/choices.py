@@ -15,14 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from model.fast_mmdit import Choice
+from model.fast_mmdit import Choice, FastMMDiT
 from model.kernels.attention import backends
 
 TABLE = Path(__file__).with_name("choices.json")
 """By the GPU's name, then by the MMDiT's hidden width: a list of what was measured."""
 
 log = logging.getLogger(__name__)
+
+
+def choice_of(fast: FastMMDiT, x: Tensor) -> Choice:
+    """For these latents, one row each. x : shape = (rows, 16, h/8, w/8), in the weights' dtype."""
+    patches = x.shape[-2] * x.shape[-1] // fast.config.patch**2
+    return choice_for(x.device, x.dtype, fast.precision, fast.config.hidden, len(x), patches)
 
 
 def choice_for(

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from model.choices import choice_for
+from model.choices import choice_of
 from model.device import on
 from model.embeddings import Text
 from model.fast_mmdit import Conditions, FastMMDiT
@@ -212,8 +212,7 @@ class _Fast:
         """As the MMDiT gives it; shape = (rows, 16, h/8, w/8), in and out."""
         modulation = torch.stack([self.conditions.modulation(text, w.step.sigma, w.levels) for w, text in rows])
         context = torch.stack([self.conditions.context(text) for _, text in rows])
-        patches = x.shape[-2] * x.shape[-1] // self.fast.config.patch**2
-        choice = choice_for(x.device, x.dtype, self.fast.precision, self.fast.config.hidden, len(x), patches)
+        choice = choice_of(self.fast, x)
         run = partial(self.fast, choice=choice)
         if self.graphs is None:
             return run(x, modulation, context)

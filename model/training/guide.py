@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from model.choices import choice_for
+from model.choices import choice_of
 from model.fast_mmdit import FastMMDiT
 from model.graphs import CudaRecorder, Graphs
 from model.training.teacher import Teacher, Texts
@@ -49,11 +49,9 @@ class Guide:
         """x a step of the noise level on; with guidance the texts have two rows for each of x."""
         fast, rows = self.fast, len(pooled)
         assert fast is not None
-        config, dtype = fast.config, fast.mmdit.context_embedder.weight.dtype
-        patches = x.shape[-2] * x.shape[-1] // config.patch**2
-        choice = choice_for(x.device, dtype, fast.precision, config.hidden, rows, patches)
+        taken = x.to(fast.mmdit.context_embedder.weight.dtype).repeat(rows // len(x), 1, 1, 1)
         modulation = fast.modulation(sigma.expand(rows), pooled)
-        v = fast(x.to(dtype).repeat(rows // len(x), 1, 1, 1), modulation, fast.embed(context), choice).float()
+        v = fast(taken, modulation, fast.embed(context), choice_of(fast, taken)).float()
         if rows > len(x):
             v, v_empty = v.chunk(2)
             v = v_empty + self.scale * (v - v_empty)
