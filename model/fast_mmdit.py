@@ -45,7 +45,7 @@ class Choice:
     """How one shape runs fastest; the result is the same but for rounding.
 
     attention : see kernels.attention.BACKENDS
-    apart : attention's products for each picture alone, straight into and out of the joint layout
+    apart : the image's products of attention for each picture alone, all straight into and out of the joint layout
     mlp_apart : the MLP's first product for each picture alone
     beside : the text stream's products run beside the image's, on a CUDA stream of their own
     """
@@ -183,7 +183,7 @@ class _Run:
         def text_stream() -> tuple[Tensor, tuple[Tensor | Rows, ...]]:
             if block.last:  # nobody reads the text after it
                 return context, ()
-            branch = self.projected(theirs.attn.proj, attended[:, self.image :], places.text[2])
+            branch = self.projected(theirs.attn.proj, attended[:, self.image :], places.text[2], apart=False)
             return self.finish(theirs, context, [branch], places.text, next_text, False)
 
         # Nothing that one stream made is freed before the streams have met again: no record_stream is needed.
@@ -203,10 +203,11 @@ class _Run:
         block, places = self.fast.blocks[n], self.fast.places[n]
         ours = block.x_block
         next_image, _, next_fp8 = self.wanted(n + 1)
-        branches = [self.projected(ours.attn.proj, attended[:, : self.image], places.image[2])]
+        apart = self.choice.apart
+        branches = [self.projected(ours.attn.proj, attended[:, : self.image], places.image[2], apart)]
         if block.dual:
             # The second attention sees the same normed input as the first, not its result.
-            branches.append(self.projected(ours.attn2.proj, self.attend_alone(n, made[1]), places.image[8]))
+            branches.append(self.projected(ours.attn2.proj, self.attend_alone(n, made[1]), places.image[8], apart))
         return self.finish(ours, x, branches, places.image, next_image, next_fp8)
 
     @contextmanager
@@ -230,9 +231,11 @@ class _Run:
         if self.choice.apart:
             joint = self.modulation.new_empty((self.batch, tokens, 3 * fast.config.hidden))
             qkv = joint.unflatten(-1, (3, heads, -1))
+            assert isinstance(theirs.qkv, nn.Linear)
+            assert isinstance(text, Tensor)
+            batched_product(theirs.qkv, text.unflatten(0, (self.batch, -1)), joint[:, self.image :])
             for b in range(self.batch):
                 product(ours.qkv, _part(image, b, self.batch), joint[b, : self.image])
-                product(theirs.qkv, _part(text, b, self.batch), joint[b, self.image :])
                 norm_heads(qkv[b : b + 1], fast.norms[n], self.image)  # while the GPU's cache still has most of it
         else:
             made = (self.product(ours.qkv, image), self.product(theirs.qkv, text))
@@ -249,7 +252,7 @@ class _Run:
         q, k, v = norm_heads(shaped, self.fast.norms2[n], self.image).unbind(2)
         return attend(self.choice.attention, q, k, v)
 
-    def projected(self, layer: nn.Module, attended: Tensor, gate: slice) -> Branch:
+    def projected(self, layer: nn.Module, attended: Tensor, gate: slice, apart: bool) -> Branch:
         """What attention gives to a stream. attended : shape = (batch, tokens, hidden), a part of the joint tokens."""
         batch, tokens, hidden = attended.shape
         out, bias = self.modulation.new_empty((batch, tokens, hidden)), None
@@ -257,7 +260,7 @@ class _Run:
             product(layer, quantized(attended), out.flatten(0, 1))
         elif batch == 1 or attended.is_contiguous():
             product(layer, attended.reshape(batch * tokens, hidden), out.flatten(0, 1))
-        elif self.choice.apart:
+        elif apart:
             for b in range(batch):
                 product(layer, attended[b], out[b])
         else:  # one product for all, without the bias: with it the parts would have to be copied together
@@ -307,6 +310,15 @@ def product(layer: nn.Module, x: Tensor | Rows, out: Tensor) -> Tensor:
     assert isinstance(layer, nn.Linear)
     assert isinstance(x, Tensor)
     return torch.addmm(layer.bias, x, layer.weight.t(), out=out)
+
+
+def batched_product(layer: nn.Linear, x: Tensor, out: Tensor) -> Tensor:
+    """A linear layer for rows of several pictures that are too few to fill a GPU one picture after the other.
+
+    Written to `out`, whose pictures may lie apart: shape = (batch, rows, in) -> (batch, rows, out)
+    """
+    bias, weight = layer.bias.expand_as(out), layer.weight.t().expand(len(x), -1, -1)
+    return torch.baddbmm(bias, x, weight, out=out)
 
 
 def gelu_product(layer: nn.Linear, x: Tensor, out: Tensor) -> Tensor:
