@@ -100,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     turbo.add_argument("--turbo", type=Path, required=True, help="the folder of its run")
     turbo.add_argument("--out", type=Path, required=True, help="a new folder, best beside the teacher's")
     turbo.add_argument("--scale", type=float, default=1.0, help="of the change: a little above 1 may draw clearer (1)")
+    turbo.add_argument("--terminal", type=float, help="the last noise level before 0; default: as it was distilled")
     checker = commands.add_parser("checker", help="train the evaluation's checker on drawings, whole and spoiled")
     checker.add_argument("--out", type=Path, required=True, help="a safetensors file")
     checker.add_argument("--minutes", type=float, required=True)
@@ -237,7 +238,8 @@ def _distill(options: argparse.Namespace, device: torch.device) -> None:
 def _export_turbo(options: argparse.Namespace, _: torch.device) -> None:
     from model.training.variant import export_turbo
 
-    print(f"{options.out}: {export_turbo(options.teacher, options.turbo, options.out, options.scale):,} bytes")
+    size = export_turbo(options.teacher, options.turbo, options.out, options.scale, options.terminal)
+    print(f"{options.out}: {size:,} bytes")
 
 
 def _checker(options: argparse.Namespace, device: torch.device) -> None:

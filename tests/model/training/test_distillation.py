@@ -213,6 +213,16 @@ def test_an_exported_change_is_as_large_as_its_scale(turbo: Path, bundle: Path) 
         export_turbo(bundle, turbo, bundle.parent / "thrice", scale=3.0)
 
 
+def test_an_exported_run_may_end_on_another_noise_level_than_it_learnt_with(turbo: Path, bundle: Path) -> None:
+    out = bundle.parent / "later"
+    export_turbo(bundle, turbo, out, terminal=0.75)
+    assert load_components(out, CPU, torch.float32).shift == Shift(3.0, 0.75)
+    told = read_record(out)
+    assert (told["shift"]["shift_terminal"], told["sampled"]["shift_terminal"]) == (0.4, 0.75)
+    with pytest.raises(ValueError, match="terminal is 1, expected between 0 and 1"):
+        export_turbo(bundle, turbo, bundle.parent / "never", terminal=1.0)
+
+
 def test_a_run_is_exported_for_its_own_teacher_only(turbo: Path, bundle: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
