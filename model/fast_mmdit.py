@@ -45,7 +45,8 @@ class Choice:
     """How one shape runs fastest; the result is the same but for rounding.
 
     attention : see kernels.attention.BACKENDS
-    apart : the image's products of attention for each picture alone, all straight into and out of the joint layout
+    apart : attention's products for each picture alone, straight into and out of the joint layout; but for the text's
+        way out, whose rows are too few to fill a GPU
     mlp_apart : the MLP's first product for each picture alone
     beside : the text stream's products run beside the image's, on a CUDA stream of their own
     """
@@ -231,11 +232,9 @@ class _Run:
         if self.choice.apart:
             joint = self.modulation.new_empty((self.batch, tokens, 3 * fast.config.hidden))
             qkv = joint.unflatten(-1, (3, heads, -1))
-            assert isinstance(theirs.qkv, nn.Linear)
-            assert isinstance(text, Tensor)
-            batched_product(theirs.qkv, text.unflatten(0, (self.batch, -1)), joint[:, self.image :])
             for b in range(self.batch):
                 product(ours.qkv, _part(image, b, self.batch), joint[b, : self.image])
+                product(theirs.qkv, _part(text, b, self.batch), joint[b, self.image :])
                 norm_heads(qkv[b : b + 1], fast.norms[n], self.image)  # while the GPU's cache still has most of it
         else:
             made = (self.product(ours.qkv, image), self.product(theirs.qkv, text))
@@ -310,15 +309,6 @@ def product(layer: nn.Module, x: Tensor | Rows, out: Tensor) -> Tensor:
     assert isinstance(layer, nn.Linear)
     assert isinstance(x, Tensor)
     return torch.addmm(layer.bias, x, layer.weight.t(), out=out)
-
-
-def batched_product(layer: nn.Linear, x: Tensor, out: Tensor) -> Tensor:
-    """A linear layer for rows of several pictures that are too few to fill a GPU one picture after the other.
-
-    Written to `out`, whose pictures may lie apart: shape = (batch, rows, in) -> (batch, rows, out)
-    """
-    bias, weight = layer.bias.expand_as(out), layer.weight.t().expand(len(x), -1, -1)
-    return torch.baddbmm(bias, x, weight, out=out)
 
 
 def gelu_product(layer: nn.Linear, x: Tensor, out: Tensor) -> Tensor:
