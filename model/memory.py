@@ -33,7 +33,8 @@ FIXED = 900_000_000
 A_PIXEL = 3_000
 """Bytes while a guided picture is made, by its pixels: 3.1 GB at 1024x1024.
 
-Large with all encoders took 28.5 GiB there by diffusers (an H20), of which 27.6 GB are weights.
+Large with all encoders took 28.5 GiB there by diffusers (an H20), of which 27.6 GB are weights; by our fast way 1.4 GB
+beside what all nets held (an H100). The rest is for what graphs keep and what lies between tensors.
 """
 
 SIDES = (1024, 768, 512)

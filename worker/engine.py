@@ -133,7 +133,7 @@ class Engine:
             self.step()
 
     def step(self) -> None:
-        """One turn: take in what came, drop what is over, run one batch, send its results."""
+        """One turn: take in what came, drop what is over, run one batch, send and show its results."""
         started, busy_before = self._clock(), self._busy_s
         while not self._inbox.empty():
             self._take(self._inbox.get())
@@ -149,7 +149,6 @@ class Engine:
             self._next = []
             self._waiting = [child for child in self._waiting if child not in batch]
             self._run(batch)
-            self._show({child.task for child in batch if not child.task.outcome})
             self.metrics.overhead(self._clock() - started - (self._busy_s - busy_before))
 
     def _pick(self, now: float) -> list[Child]:
@@ -224,8 +223,8 @@ class Engine:
     def _attempt(self, batch: list[Child]) -> Exception | None:
         """Run a batch and send its results, or return what went wrong with it.
 
-        A GPU still works when `run` has returned: meanwhile the results are sent and the next batch is picked. Pictures
-        alone are waited for, and sent when it is known what they took.
+        A GPU still works when `run` has returned: meanwhile the results are sent, the next batch is picked and previews
+        are asked for. Pictures alone are waited for, and sent when it is known what they took.
         """
         ran = Ran.of(batch)
         kind, pipeline = ran.kind, self.pipelines[batch[0].task.job.model]
@@ -251,6 +250,7 @@ class Engine:
                     end = started + self.forecast.expected(kind, ran.rows, ran.tokens)
                 self._send_all(batch, results, end)
                 self._next = self._pick(end)
+                self._show({child.task for child in batch if not child.task.outcome})
                 if not pipeline.ahead:
                     started += self._clock() - returned  # nothing ran meanwhile
             pipeline.settle()

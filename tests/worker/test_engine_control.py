@@ -98,6 +98,20 @@ def test_previews_of_the_first_picture_are_made_twice_a_second_at_most() -> None
     assert bench.metric("previews_total", model="tiny") == 4
 
 
+def test_a_preview_is_asked_for_while_the_gpu_still_works() -> None:
+    class Busy(FakePipeline):
+        def preview(self, latents: Latents) -> torch.Tensor:
+            left.append(self._running_s)
+            return super().preview(latents)
+
+    left: list[float] = []
+    bench = Bench(Busy(ahead=True))
+    bench.submit().watched = True
+    bench.drain()
+    assert left
+    assert all(left)
+
+
 def test_a_preview_that_fails_costs_the_picture_nothing() -> None:
     class NoPreview(FakePipeline):
         def preview(self, latents: Latents) -> torch.Tensor:
