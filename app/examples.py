@@ -168,7 +168,7 @@ REFUSALS: dict[int, tuple[str, str, str, str | None]] = {
     422: (
         "A field is wrong.",
         "invalid_field",
-        "width is 1000; allowed: a multiple of 16 from 64 to 3072, such as 992 or 1008",
+        "width is 1000; allowed: a multiple of 16 from 64 to 3072, such as 1008",
         "width",
     ),
     429: (

@@ -130,6 +130,17 @@ def _check_prompts(create: GenerationCreate, limits: Limits) -> None:
             raise InvalidField(field, Words(value), f"at most {limits.max_prompt_chars:,} characters")
         if "\0" in text:
             raise InvalidField(field, Shown(text), "text without U+0000")
+        if not _is_encodable(text):
+            raise InvalidField(field, Shown(text), "text without lone surrogates")
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether UTF-8 can carry it; pydantic asks that only of text with a least length or a pattern."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_size(width: int, height: int, limits: Limits) -> None:

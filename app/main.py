@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -46,7 +47,8 @@ SWEEP_GRACE_S = 60
 """Pictures are stored a moment before their job ends, and live from its end."""
 
 EXPIRE_EVERY_S = 10
-EXPIRED_AT_MOST = 100
+EXPIRE_LEASE_S = 60
+"""How long others leave alone a job whose pictures one gateway deletes."""
 
 REAP_EVERY_S = 2
 CHECK_STORE_EVERY_S = 10
@@ -54,7 +56,7 @@ CLOSE_TIMEOUT_S = 10
 
 EXPOSED_HEADERS = (
     "finish-reason", "idempotency-replayed", "location", "preference-applied", "ratelimit", "ratelimit-policy",
-    "retry-after", "seed", "x-filtered", "x-request-id", "x-seed",
+    "retry-after", "seed", "x-filtered", "x-request-id", "x-seed", "x-should-retry",
 )  # fmt: skip
 """What scripts of other origins may read of an answer."""
 
@@ -75,7 +77,7 @@ def create_app(
     gateway = Gateway(
         settings=settings,
         queue=queue,
-        store=store or open_store(settings),
+        store=store or open_store(settings, log),
         catalog=Catalog(queue.cards),
         metrics=Metrics(queue_bound=settings.queue_bound),
         log=log,
@@ -138,7 +140,7 @@ def _add_middleware(app: FastAPI, gateway: Gateway) -> None:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.origins,
-            allow_methods=["GET", "POST", "DELETE"],
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=EXPOSED_HEADERS,
         )
@@ -233,11 +235,21 @@ async def _every(seconds: float, work: Callable[[Gateway], Awaitable[None]], gat
 
 
 async def _expire_pictures(gateway: Gateway) -> None:
-    """Deletes the pictures of jobs whose time is up."""
-    while expired := await gateway.queue.expired_pictures(EXPIRED_AT_MOST):
-        for job_id in expired:
-            await asyncio.to_thread(gateway.store.delete_prefix, job_id)
-        gateway.metrics.jobs_expired.inc(len(expired))
+    """Deletes the pictures of jobs whose time is up. Those that it cannot delete come again after their lease."""
+    failures: list[Exception] = []
+    end = time.monotonic() + EXPIRE_LEASE_S  # by then those come, and would keep this from telling of its failures
+    while time.monotonic() < end and (expired := await gateway.queue.expired_pictures(EXPIRE_LEASE_S)):
+        try:
+            await asyncio.to_thread(gateway.store.delete_prefix, expired.job_id)
+        except Exception as error:  # whatever it is, it must not keep the pictures of others
+            failures.append(error)
+        else:
+            if await gateway.queue.pictures_deleted(expired):
+                gateway.metrics.jobs_expired.inc()
+        if gateway.draining.is_set():
+            break
+    if failures:
+        raise failures[0]
 
 
 async def _sweep_pictures(gateway: Gateway) -> None:

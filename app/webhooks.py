@@ -75,6 +75,7 @@ class Answer:
     status: int | None = None  # of HTTP, if there was an answer
     error: str | None = None  # why there was none
     retry_after_s: float = 0.0
+    final: bool = False  # no other attempt will do better
     at: float = field(default_factory=time.time)  # Unix seconds of its end
 
     @property
@@ -96,10 +97,12 @@ class Courier:
     ) -> None:
         self._timeout_s = timeout_s
         tls = tls or httpx.create_ssl_context()
-        # No connection is kept: each message goes to an address that was checked for it
+        # No connection is kept: each message goes to an address that was checked for it. None waits until another
+        # ends, for that would count as its receiver's time: how many there are at once is the sender's to say
         self._pools = {
             secure: httpcore.AsyncConnectionPool(
                 ssl_context=tls,
+                max_connections=None,
                 max_keepalive_connections=0,
                 network_backend=GuardedNetwork(targets, secure=secure, network=network),
             )
@@ -232,8 +235,11 @@ class Sender:
 
     async def _tell(self, entry: Entry, view: JobView) -> None:
         started, webhook = time.monotonic(), view.job.webhook
-        if webhook is None or (entry.event == "progress" and view.status in TERMINAL):
-            return  # its record was replaced; or the end is told by now, and took this out
+        if webhook is None:  # its record was replaced
+            nobody = Answer(0.0, error="not sent: its job has no webhook now", final=True)
+            return await self._settle(entry, nobody, view.job.request_id)
+        if entry.event == "progress" and view.status in TERMINAL:
+            return  # the end took this out
         answer = await self._attempt(entry, view, webhook)
         if entry.event == "progress":  # as long as this one is not settled there will be no other
             await asyncio.sleep(PROGRESS_EVERY_S - (time.monotonic() - started))
@@ -287,7 +293,7 @@ class Sender:
             return "delivered"
         # Of progress there will be news
         last = entry.attempt >= self._settings.webhook_attempts or entry.event == "progress"
-        return "dead" if last or answer.status == GONE else "retry"
+        return "dead" if last or answer.final or answer.status == GONE else "retry"
 
     def _delay_s(self, entry: Entry, answer: Answer) -> float:
         """How long to wait after this attempt: ever longer, never all at the same moment, as long as asked for."""

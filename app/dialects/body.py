@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -17,6 +18,9 @@ from app.schemas import MAX_PUBLIC_SEED
 from worker.contract.errors import InvalidField
 
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+CHARSETS = ("utf-8", "us-ascii", "iso-8859-1")
+"""Of a form. Starlette decodes its parts by any codec that the client names, and punycode is quadratic."""
+
 MAX_PARTS = 64
 MAX_DEPTH = 64
 """How deep a body is nested at most: what can be read may be too deep to be written again."""
@@ -62,6 +66,7 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise InvalidField("body", Shown(data), "a JSON object")
     if _is_deep(data):
         raise BrokenJson("nested too deeply")
+    _check_writable(data)
     return data
 
 
@@ -71,6 +76,16 @@ def _is_deep(data: Any) -> bool:
         holders = (value.values() if isinstance(value, dict) else value for value in layer)
         layer = [inner for holder in holders for inner in holder if isinstance(inner, dict | list)]
     return bool(layer)
+
+
+def _check_writable(data: dict[str, Any]) -> None:
+    """Refuses what was read but cannot be written again, as jobs and answers must: it would fail there. BrokenJson."""
+    try:
+        json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        raise BrokenJson("a text in it has a lone surrogate") from error
+    except ValueError as error:
+        raise BrokenJson("a number in it is not finite") from error
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,7 @@ async def read_form(request: Request) -> Form:
     declared = request.headers.get("content-type")
     if (declared or "").partition(";")[0].strip().lower() not in FORMS:
         raise UnsupportedMediaType(declared, FORMS[0])
+    _check_charset(declared)
     try:
         async with request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS) as form:
             parts = form.multi_items()
@@ -97,6 +113,12 @@ async def read_form(request: Request) -> Form:
         raise BrokenForm(str(error.detail)) from error
     except (ValueError, LookupError) as error:  # a part that is not text in the charset it names
         raise BrokenForm("a part of it is not text") from error
+
+
+def _check_charset(content_type: str | None) -> None:
+    charset = parse_options_header(content_type)[1].get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in CHARSETS:
+        raise BrokenForm(f"charset is {Shown(charset)!r}; allowed: {', '.join(CHARSETS)}")
 
 
 def checked(kind: type[AskedT], data: Mapping[str, Any]) -> AskedT:

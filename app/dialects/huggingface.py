@@ -13,7 +13,7 @@ from app.deps import GatewayDep, JobsDep
 from app.dialects.body import Asked, checked, folded, read_json
 from app.dialects.models import card_named
 from app.dialects.synchronous import Call, finish
-from app.errors import Shown
+from app.errors import Shown, shortened
 from app.refusals import Refusal
 from model.params import Sampler
 from worker.contract.cards import ModelCard
@@ -72,7 +72,7 @@ async def text_to_image(
         raise InvalidField("parameters", Shown(parameters), "a JSON object")
     for name, value in parameters.items():
         if name not in TextToImage.model_fields and value is not None:
-            raise InvalidField(name, Shown(value), f"none; parameters served: {', '.join(PARAMETERS)}")
+            raise InvalidField(shortened(name), Shown(value), f"none; parameters served: {', '.join(PARAMETERS)}")
     asked = checked(TextToImage, parameters | {"inputs": body.get("inputs")})
     call = _call(body, asked, await card_named(gateway.catalog, model), _accepted(request.headers.get("accept", "")))
     view = await finish(call, jobs, gateway, request)

@@ -88,7 +88,9 @@ class Input(Asked):
     num_inference_steps: int | None = Field(None, ge=1, description="a whole number; the same as steps")
     width: int | None = Field(None, ge=1, description="a multiple of 16")
     height: int | None = Field(None, ge=1, description="a multiple of 16")
-    size: str | None = Field(None, pattern=r"^[0-9]{2,4}x[0-9]{2,4}$", description="width and height, as in 1024x1024")
+    size: str | None = Field(
+        None, pattern=r"^[1-9][0-9]{1,3}x[1-9][0-9]{1,3}$", description="width and height, as in 1024x1024"
+    )
 
 
 def fields_of(asked: Input, card: ModelCard, published: Published) -> dict[str, Any]:

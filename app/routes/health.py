@@ -17,12 +17,14 @@ PROBE_TIMEOUT_S = 2.0
 router = APIRouter(tags=["health"])
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", summary="Is the process alive?")
 async def alive() -> Alive:
     """Answers as long as the process does; looks at nothing else, so that a broken Redis restarts no gateway."""
     return Alive(status="ok")
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get(
     "/readyz",
     summary="Can it do its work?",

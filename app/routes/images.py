@@ -6,7 +6,7 @@ import hashlib
 import time
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Path, Response, status
+from fastapi import APIRouter, Header, Path, Request, Response, status
 
 from app.deps import JobId, JobsOrSigned
 from app.jobs import finished_picture
@@ -16,11 +16,14 @@ from worker.contract.job import MEDIA_TYPES, JobView
 LINK_S = 300.0
 """A link into the store lives no longer: whoever has it needs nothing else."""
 
+ROUTE = "/v1/generations/{id}/images/{n}"
+
 router = APIRouter(tags=["generations"])
 
 
+@router.head(ROUTE, include_in_schema=False)
 @router.get(
-    "/v1/generations/{id}/images/{n}",
+    ROUTE,
     summary="Fetch a picture",
     response_class=Response,
     response_description="The file, in the format chosen at creation.",
@@ -32,6 +35,7 @@ router = APIRouter(tags=["generations"])
     },
 )
 async def get_image(
+    request: Request,
     jobs: JobsOrSigned,
     job_id: JobId,
     n: Annotated[int, Path(ge=0, description="Which picture, from 0.")],
@@ -47,7 +51,9 @@ async def get_image(
     headers = {"etag": tag, "cache-control": f"private, max-age={_seconds_left(view)}, immutable"}
     if _holds(if_none_match, tag):
         return Response(status_code=status.HTTP_304_NOT_MODIFIED, headers=headers)
-    if link := await jobs.picture_link(view, n, expires_s := min(LINK_S, _seconds_left(view))):
+    expires_s = min(LINK_S, _seconds_left(view))
+    # a link is signed for GET alone, so whoever asks for the head is answered here
+    if request.method == "GET" and (link := await jobs.picture_link(view, n, expires_s)):
         headers = {"location": link, "cache-control": f"private, max-age={int(expires_s / 2)}"}
         return Response(status_code=status.HTTP_307_TEMPORARY_REDIRECT, headers=headers)
     data, picture = await jobs.picture(view, n)

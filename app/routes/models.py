@@ -12,6 +12,7 @@ from app.schemas import Model, ModelList, refusals
 router = APIRouter(tags=["models"])
 
 
+@router.head("/v1/models", include_in_schema=False)
 @router.get("/v1/models", summary="List the models", responses=refusals(401, 429, 503))
 async def list_models(gateway: GatewayDep, _: CallerDep) -> ModelList:
     """Every model that a worker has ever offered, by name; `loaded` tells whether one holds it now."""
@@ -19,6 +20,7 @@ async def list_models(gateway: GatewayDep, _: CallerDep) -> ModelList:
     return ModelList(models=[Model.of(cards[name], workers.get(name, 0)) for name in sorted(cards)])
 
 
+@router.head("/v1/models/{name}", include_in_schema=False)
 @router.get("/v1/models/{name}", summary="Look at a model", responses=refusals(401, 404, 429, 503))
 async def get_model(
     name: Annotated[str, Path(description="Name of the model.")], gateway: GatewayDep, _: CallerDep

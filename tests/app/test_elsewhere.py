@@ -63,6 +63,16 @@ async def test_pages_of_an_origin_that_is_allowed_may_call_and_read_refusals(set
     assert "access-control-allow-origin" not in stranger.headers
 
 
+async def test_pages_of_other_origins_read_whether_to_try_again(settings: GatewaySettings) -> None:
+    allowing = settings.model_copy(update={"cors_origins": STUDIO})
+    queue = JobQueue.connect(allowing)
+    async with client_of(create_app(allowing, queue)) as client:
+        refused = await client.post("/openai/v1/images/generations", json={}, headers=asked_by(STUDIO))
+    await queue.close()
+    assert refused.headers["x-should-retry"] == "false"
+    assert "x-should-retry" in refused.headers["access-control-expose-headers"].split(", ")
+
+
 @pytest.mark.parametrize("asked_by_origin", [STUDIO, "https://evil.example"])
 async def test_preflight_has_a_request_id_and_a_line_in_the_log(
     settings: GatewaySettings, log_lines: io.StringIO, asked_by_origin: str

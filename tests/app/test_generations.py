@@ -13,7 +13,8 @@ import pytest
 import redis
 from fastapi import FastAPI
 
-from app.main import _expire_pictures, create_app
+from app.deps import Gateway
+from app.main import EXPIRE_LEASE_S, _expire_pictures, create_app
 from app.settings import GatewaySettings
 from tests.app.conftest import BASE_URL, client_of, until
 from tests.app.fake_worker import CARDS, LARGE, FakeWorker
@@ -363,6 +364,41 @@ async def test_pictures_are_kept_as_long_as_the_request_says_and_then_deleted(
     app.state.gateway.draining.set()  # its own chores are over
     await _expire_pictures(app.state.gateway)
     assert not store.exists()
+
+
+class Stubborn(FolderStore):
+    """A folder that does not let go of what one job stored."""
+
+    kept = ""
+
+    def delete_prefix(self, prefix: str) -> None:
+        if prefix == self.kept:
+            raise StoreUnavailable("permission denied")
+        super().delete_prefix(prefix)
+
+
+async def test_pictures_that_cannot_be_deleted_keep_no_others_and_go_later(
+    settings: GatewaySettings, worker: FakeWorker
+) -> None:
+    worker.age_s = 3600.0
+    store = Stubborn(settings.store_dir)
+    app = create_app(settings, store=store)  # its chores do not run
+    async with client_of(app) as client:
+        stuck, other = [(await finished(client, expires_in_s=60))["id"] for _ in range(2)]
+    gateway: Gateway = app.state.gateway
+    store.kept = stuck
+    with pytest.raises(StoreUnavailable, match="permission denied"):
+        await _expire_pictures(gateway)
+    assert [(settings.store_dir / job_id).exists() for job_id in (stuck, other)] == [True, False]
+    assert gateway.metrics.registry.get_sample_value("darkroom_jobs_expired_total") == 1
+    store.kept = ""
+    with redis.Redis.from_url(str(settings.redis_url)) as valkey:
+        valkey.zincrby("darkroom:pictures", -EXPIRE_LEASE_S, stuck)
+    await _expire_pictures(gateway)
+    assert not (settings.store_dir / stuck).exists()
+    assert gateway.metrics.registry.get_sample_value("darkroom_jobs_expired_total") == 2
+    await gateway.door.close()
+    await gateway.queue.close()
 
 
 async def test_image_lost_from_the_store_is_410_with_when_it_was_to_expire(

@@ -95,6 +95,14 @@ async def test_readyz_is_503_without_store_and_only_the_log_names_its_folder(
     assert str(tmp_path / "file") in json.loads(log_lines.getvalue().splitlines()[-1])["cause"]
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v1/models", "/v1/models/tiny"])
+async def test_head_answers_as_get_does_without_the_body(served: httpx.AsyncClient, path: str) -> None:
+    head, get = await served.head(path), await served.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    for name in ("content-type", "content-length"):
+        assert head.headers[name] == get.headers[name]
+
+
 async def test_readyz_is_503_while_draining(client: httpx.AsyncClient, app: FastAPI) -> None:
     app.state.gateway.draining.set()
     answer = await client.get("/readyz")

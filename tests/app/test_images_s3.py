@@ -73,6 +73,17 @@ async def test_presigned_picture_is_a_short_lived_url_of_the_bucket(site: Served
             assert (await anybody.get(link[:-1] + ("1" if link[-1] != "1" else "2"))).status_code == 403
 
 
+async def test_head_of_a_presigned_picture_is_answered_here_for_the_url_is_signed_for_get(site: Served) -> None:
+    async with site(s3_presign=True) as client:
+        url = (await finished(client))["images"][0]["url"]
+        answer = await client.head(url)
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
+        async with httpx.AsyncClient() as anybody:
+            link = (await client.get(url)).headers["location"]
+            assert int(answer.headers["content-length"]) == len((await anybody.get(link)).content)
+            assert (await anybody.head(link)).status_code == 403
+
+
 async def test_presigned_url_lives_no_longer_than_the_picture(site: Served) -> None:
     async with site(s3_presign=True) as client:
         generation = await finished(client, expires_in_s=60)

@@ -9,10 +9,14 @@ import pytest
 from pydantic import ValidationError
 
 from app import examples
+from app.limits import resolve
 from app.schemas import Generation, GenerationCreate, Model, Readiness
 from app.settings import GatewaySettings
 from model.params import MAX_SEED
+from tests.app.fake_worker import LARGE
 from worker.contract.cards import Limits
+from worker.contract.errors import InvalidField
+from worker.contract.settings import ContractSettings
 
 
 @pytest.fixture
@@ -33,6 +37,7 @@ async def test_document_lists_every_route_with_summary_and_tag(document: dict[st
         "/readyz",
         "/metrics",
     }
+    assert not any("head" in path for path in document["paths"].values())
     operations = [operation for path in document["paths"].values() for operation in path.values()]
     assert all(operation["summary"] and operation["description"] for operation in operations)
     assert {tag for operation in operations for tag in operation["tags"]} == {t["name"] for t in document["tags"]}
@@ -65,6 +70,13 @@ def test_examples_are_what_they_say() -> None:
         assert Generation.model_validate(answer).model_dump(mode="json", by_alias=True) == answer
     Model.model_validate(examples.MODEL)
     Readiness.model_validate(examples.READY)
+
+
+def test_example_of_a_wrong_field_is_what_is_said_of_it() -> None:
+    _, code, message, field = examples.REFUSALS[422]
+    with pytest.raises(InvalidField) as caught:
+        resolve(GenerationCreate(model="sd3.5-large", prompt="x", width=1000), LARGE, ContractSettings(), request_id="")
+    assert (caught.value.code, str(caught.value), caught.value.field) == (code, message, field)
 
 
 def test_prose_tells_the_default_limits() -> None:

@@ -135,6 +135,13 @@ async def test_wrong_field_is_422_and_named(
             "guidance_scale is NaN; allowed: a finite number, at least 0",
         ),
         (b'{"model": "tiny", "prompt": "\\ud800"}', 422, "invalid_field", "prompt", "without lone surrogates"),
+        (
+            b'{"model": "tiny", "prompt": "x", "negative_prompt": "\\ud83d"}',
+            422,
+            "invalid_field",
+            "negative_prompt",
+            "allowed: text without lone surrogates",
+        ),
         (b'{"\\ud800": 1, "prompt": "x"}', 422, "invalid_field", None, "without lone surrogates"),
     ],
 )
@@ -182,8 +189,8 @@ async def test_unknown_path_is_404(client: httpx.AsyncClient, path: str) -> None
         ("PUT", "/v1/generations", "GET, POST"),
         ("PATCH", "/v1/generations/gen_1", "DELETE, GET"),
         ("GET", "/v1/generations/gen_1/cancel", "POST"),
-        ("POST", "/v1/models", "GET"),
-        ("BREW", "/healthz", "GET"),
+        ("POST", "/v1/models", "GET, HEAD"),
+        ("BREW", "/healthz", "GET, HEAD"),
     ],
 )
 async def test_wrong_method_is_405_and_says_what_is_allowed(

@@ -107,6 +107,29 @@ async def test_bodies_are_bounded_in_size_and_time(settings: GatewaySettings, tm
     assert b"\r\nx-request-id: req_" in within
 
 
+async def test_head_of_a_picture_has_its_headers_alone(
+    settings: GatewaySettings, worker: FakeWorker, tmp_path: Path
+) -> None:
+    async with gateway(settings, tmp_path) as running, httpx.AsyncClient(trust_env=False, timeout=20) as client:
+        asked = JSON | {"prefer": "wait=10"}
+        made = await client.post(f"{running.url}/v1/generations", content=BODY, headers=asked)
+        url = made.json()["images"][0]["url"]
+        get = await client.get(url)
+        path = url.removeprefix(running.url).encode()
+        head = await running.exchange(b"HEAD " + path + b" HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")
+    assert get.content
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert head.endswith(b"\r\n\r\n")
+    for name in ("content-type", "content-length", "etag", "content-disposition"):
+        assert f"\r\n{name}: {get.headers[name]}\r\n".encode() in head
+
+
+async def test_headers_are_bounded_in_size(settings: GatewaySettings, tmp_path: Path) -> None:
+    async with gateway(settings, tmp_path) as running:
+        answer = await running.exchange(HEAD + b"a: " + b"x" * 70_000)
+    assert answer.startswith(b"HTTP/1.1 431 ")
+
+
 async def test_sigterm_answers_what_is_held_and_ends_cleanly(
     settings: GatewaySettings, worker: FakeWorker, tmp_path: Path
 ) -> None:

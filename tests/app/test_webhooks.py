@@ -13,10 +13,12 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpcore
 import httpx
 import pytest
 from replicate.webhook import InvalidSignatureError, Webhooks, WebhookSigningSecret
@@ -339,6 +341,34 @@ async def test_slow_receiver_is_left_and_asked_again(
         assert (await log_of(served, job_id, 2))[-1]["status"] == 200
 
 
+class Stalling(httpcore.AnyIOBackend):
+    """A network on which no connection to port 9 comes about."""
+
+    waiting = 0
+
+    async def connect_tcp(self, host: str, port: int, *args: Any, **options: Any) -> httpcore.AsyncNetworkStream:
+        if port == 9:
+            self.waiting += 1
+            await asyncio.Event().wait()
+        return await super().connect_tcp(host, port, *args, **options)
+
+
+async def test_receivers_that_hang_hold_up_no_other(receiver: Receiver) -> None:
+    network = Stalling()
+    courier = Courier(Targets(Allowed.parse(LOOPBACK)), timeout_s=60, network=network)
+    hanging = [asyncio.create_task(courier.post("http://127.0.0.1:9/", {}, b"{}")) for _ in range(20)]
+
+    async def all_hang() -> bool:
+        return network.waiting == len(hanging)
+
+    await until(all_hang)
+    assert (await courier.post(receiver.url, {}, b"{}")).arrived
+    for post in hanging:
+        post.cancel()
+    await asyncio.gather(*hanging, return_exceptions=True)
+    await courier.close()
+
+
 async def test_progress_is_told_at_most_twice_a_second(
     served: httpx.AsyncClient, worker: FakeWorker, receiver: Receiver, sender: Sender, settings: WebhookSettings
 ) -> None:
@@ -419,6 +449,25 @@ async def test_message_that_a_sender_cannot_read_is_left_to_others_with_all_its_
     async with sending(settings, sender_log):
         log = await log_of(served, job_id, 2)
     assert [(one["attempt"], one["outcome"]) for one in log] == [(1, "retry"), (2, "delivered")]
+
+
+class Replaced(JobQueue):
+    """A queue in which other jobs, that tell nobody, took the place of those with webhooks."""
+
+    async def view(self, job_id: str) -> JobView:
+        view = await super().view(job_id)
+        return replace(view, job=replace(view.job, webhook=None))
+
+
+async def test_message_whose_job_has_no_webhook_now_is_given_up(
+    served: httpx.AsyncClient, receiver: Receiver, settings: WebhookSettings, sender_log: io.StringIO
+) -> None:
+    job_id = await ask(served, receiver)
+    await until(lambda: succeeded(served, job_id))
+    assert not await nothing_waits(settings)
+    async with sending(settings, sender_log, queue=Replaced.connect(settings)):
+        await until(lambda: nothing_waits(settings))
+    assert receiver.taken == []
 
 
 class Broken:

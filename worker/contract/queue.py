@@ -97,6 +97,14 @@ class Accepted:
     replayed: bool
 
 
+@dataclass(frozen=True)
+class Expired:
+    """A job whose pictures are to be deleted, given to one gateway for a while."""
+
+    job_id: str
+    lease: str  # its end, as Redis said it
+
+
 class JobQueue:
     """All jobs of all models, for one gateway process. Every method raises QueueUnavailable when Redis is away."""
 
@@ -106,7 +114,7 @@ class JobQueue:
         self._records = RecordWriter(settings.record_lifetime_s)
         self._events = JobEvents(redis)
         self.orphans = Orphans(redis)
-        names = ("submit", "view", "page", "cancel", "forget", "reap", "load", "survey", "expire")
+        names = ("submit", "view", "page", "cancel", "forget", "reap", "load", "survey", "expire", "expired")
         self._scripts: dict[str, AsyncScript] = {name: redis.register_script(script(name)) for name in names}
 
     @classmethod
@@ -192,12 +200,17 @@ class JobQueue:
         """All queues and workers at one moment, in one command."""
         return Survey.from_json(await self._run("survey", WORKER_SEEN_S))
 
-    async def expired_pictures(self, most: int) -> list[str]:
-        """Ids of at most so many jobs whose pictures' time is up, each given once: the caller deletes their pictures.
+    async def expired_pictures(self, lease_s: float) -> Expired | None:
+        """A job whose pictures' time is up, for the caller alone for `lease_s`: it deletes them, and says so.
 
-        Among them are jobs that came to nothing, for their workers may have left pictures behind.
+        Also jobs that came to nothing, for their workers may have left pictures behind.
         """
-        return [job_id.decode() for job_id in await self._run("expire", most)]
+        given = await self._run("expire", lease_s)
+        return Expired(given[0].decode(), given[1].decode()) if given else None
+
+    async def pictures_deleted(self, expired: Expired) -> bool:
+        """They are, so the job is not given again. False if it was not the caller's any more: nothing is changed."""
+        return bool(await self._run("expired", expired.job_id, expired.lease))
 
     async def usage(self, days: int) -> list[Usage]:
         """What was done for each owner on each of the last `days` days (UTC), today among them, newest day first."""

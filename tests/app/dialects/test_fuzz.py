@@ -249,6 +249,18 @@ def test_any_bytes_are_refused_in_the_vendors_shape(ask: Ask, dialect: str, exam
     answers()
 
 
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", '"\\ud83d"', '{"\\ud83d": 1}'])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_what_json_cannot_carry_back_is_refused_wherever_it_is(ask: Ask, dialect: str, value: str) -> None:
+    path, _, check = DIALECTS[dialect]
+    fields = f'"prompt": "a red circle", "inputs": "a red circle", "x": [{value}]'
+    body = f'{{{fields}, "version": "darkroom/tiny", "input": {{{fields}}}}}'
+    answer = ask("POST", path, content=body)
+    assert answer.status_code == 400, answer.text
+    assert "the body is not valid JSON: a " in answer.text
+    check(answer)
+
+
 @pytest.mark.parametrize("depth", [10, 60, 70, *range(100, 1000, 50), 5000])
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_any_depth_is_followed_or_refused_in_the_vendors_shape(ask: Ask, dialect: str, depth: int) -> None:

@@ -72,6 +72,14 @@ def test_wrong_parameter_is_told_by_name(live: Live, asked: dict[str, Any], text
     assert text in str(caught.value)
 
 
+def test_unknown_parameter_with_a_long_name_is_told_shortened(live: Live) -> None:
+    body = {"inputs": PROMPT, "parameters": {"x" * 10_000: 1}}
+    answer = httpx.post(f"{live.url}/huggingface/tiny", json=body, trust_env=False)
+    assert answer.status_code == 422
+    assert "xxx...xxx" in answer.json()["error"]
+    assert len(answer.json()["error"]) < 400
+
+
 def test_unknown_model_is_not_found(live: Live) -> None:
     with pytest.raises(HfHubHTTPError, match=r"known models: sd3\.5-large"):
         client_for(live, "black-forest-labs/FLUX.1-dev").text_to_image(PROMPT)

@@ -308,6 +308,7 @@ def test_version_of_medium_gives_a_list(live: Live) -> None:
         (INPUT | {"aspect_ratio": "7:3"}, "input.aspect_ratio", 'aspect_ratio is "7:3"; allowed: 1:1, 16:9'),
         (INPUT | {"num_outputs": 9}, "input.num_outputs", "num_outputs is 9; allowed: 1 to 4"),
         (INPUT | {"size": "1000x1024"}, "input.size", 'size is "1000x1024"; allowed: a multiple of 16'),
+        (INPUT | {"size": "00x00"}, "input.size", 'size is "00x00"; allowed: width and height, as in 1024x1024'),
         (INPUT | {"output_format": "gif"}, "input.output_format", "allowed: webp, jpg, png"),
         (INPUT | {"image": "https://example.com/x.png"}, "image", "pictures from pictures are not served yet"),
     ],

@@ -218,6 +218,32 @@ def test_body_that_is_no_form_is_a_bad_request(live: Live, content: bytes, kind:
     )
 
 
+@pytest.mark.parametrize("charset", ["punycode", '"PunyCode"', "utf-7", "idna", "unicode_escape", "rot13", "none"])
+def test_charset_that_a_form_does_not_need_is_refused(live: Live, charset: str) -> None:
+    headers = {"content-type": f"multipart/form-data; boundary=8a1f3c; charset={charset}"}
+    answer = httpx.post(live.url + SD3, content=PYTHON_SAMPLE, headers=headers, trust_env=False)
+    assert_refused(answer, 400, "bad_request", f'charset is "{charset.strip(chr(34))}"; allowed: utf-8, us-ascii, iso-')
+
+
+@pytest.mark.parametrize(
+    ("charset", "text"),
+    [("utf-8", "café"), ("UTF-8", "café"), ('"utf-8"', "café"), ("us-ascii", "cafe"), ("ISO-8859-1", "café")],
+)
+def test_charset_of_a_form_is_followed(live: Live, charset: str, text: str) -> None:
+    form = PYTHON_SAMPLE.replace(b"Lighthouse", text.encode(charset.strip('"')))
+    headers = {"content-type": f"multipart/form-data; boundary=8a1f3c; charset={charset}"}
+    assert httpx.post(live.url + SD3, content=form, headers=headers, trust_env=False).status_code == 200
+    assert live.jobs()[0]["params"]["prompt"] == f"{text} on a cliff overlooking the ocean"
+
+
+def test_charset_that_a_part_names_is_not_followed(live: Live) -> None:
+    part = b'name="prompt"\r\nContent-Type: text/plain; charset=punycode\r\n\r\nLighthouse'
+    form = PYTHON_SAMPLE.replace(b'name="prompt"\r\n\r\nLighthouse', part)
+    headers = {"content-type": "multipart/form-data; boundary=8a1f3c"}
+    assert httpx.post(live.url + SD3, content=form, headers=headers, trust_env=False).status_code == 200
+    assert live.jobs()[0]["params"]["prompt"] == "Lighthouse on a cliff overlooking the ocean"
+
+
 def test_what_is_not_served_is_said_in_the_same_shape(live: Live) -> None:
     upscale = post(live, "/v2beta/stable-image/upscale/creative")
     assert_refused(

@@ -212,15 +212,37 @@ async def test_usage_outlives_the_job_and_is_of_the_days_asked_for(queue, make_j
     assert 89 * 86_400 < client.ttl(key) <= 91 * 86_400
 
 
-async def test_pictures_expire_at_their_time_and_are_told_once(queue, intake, make_job, client):
+async def expired(queue):
+    """All that are given now."""
+    given = []
+    while one := await queue.expired_pictures(60):
+        given.append(one)
+    return given
+
+
+async def test_pictures_expire_at_their_time_and_are_given_to_one_that_deletes_them(queue, intake, make_job, client):
     jobs = await fill(queue, make_job, 3)
     now = time.time()
     for claim, expires_at in zip(intake.claim(["demo"], 3), (now - 2, now - 1, now + 100), strict=True):
         intake.commit(claim, "succeeded", Result(expires_at=expires_at))
-    assert await queue.expired_pictures(1) == [jobs[0].id]
-    assert await queue.expired_pictures(9) == [jobs[1].id]
-    assert await queue.expired_pictures(9) == []
+    given = await expired(queue)
+    assert [one.job_id for one in given] == [jobs[0].id, jobs[1].id]
+    assert [await queue.pictures_deleted(one) for one in given] == [True, True]
     assert client.zrange("darkroom:pictures", 0, -1) == [jobs[2].id.encode()]
+
+
+async def test_pictures_that_nobody_deleted_in_time_are_given_to_another(queue, intake, make_job, client):
+    (job,) = await fill(queue, make_job, 1)
+    (claim,) = intake.claim(["demo"], 1)
+    intake.commit(claim, "succeeded", Result(expires_at=time.time() - 1))
+    late = await queue.expired_pictures(60)
+    assert await queue.expired_pictures(60) is None
+    client.zincrby("darkroom:pictures", -60, job.id)
+    again = await queue.expired_pictures(60)
+    assert again.job_id == job.id
+    assert not await queue.pictures_deleted(late)
+    assert await queue.pictures_deleted(again)
+    assert client.keys("darkroom:pictures") == []
 
 
 async def test_what_a_failed_or_forgotten_job_may_have_stored_goes_soon(queue, intake, make_job, client):
@@ -230,10 +252,10 @@ async def test_what_a_failed_or_forgotten_job_may_have_stored_goes_soon(queue, i
     intake.commit(forgotten, "succeeded", Result(expires_at=time.time() + 1e6))
     for claim in (forgotten, running):
         await queue.forget(claim.job.id)
-    assert await queue.expired_pictures(9) == []
+    assert await expired(queue) == []
     for job in jobs:
         client.zincrby("darkroom:pictures", -601, job.id)
-    assert set(await queue.expired_pictures(9)) == {job.id for job in jobs}
+    assert {one.job_id for one in await expired(queue)} == {job.id for job in jobs}
 
 
 async def test_pictures_of_a_job_in_a_new_life_are_not_those_that_expire(queue, intake, settings, make_job, client):
@@ -243,3 +265,19 @@ async def test_pictures_of_a_job_in_a_new_life_are_not_those_that_expire(queue, 
     with Operations.connect(settings) as operations:
         operations.retry(job.id)
     assert client.zscore("darkroom:pictures", job.id) is None
+
+
+async def test_pictures_of_a_new_life_stay_listed_when_those_of_the_last_are_deleted(
+    queue, intake, settings, make_job, client
+):
+    (job,) = await fill(queue, make_job, 1)
+    (claim,) = intake.claim(["demo"], 1)
+    intake.commit(claim, "failed", Result())
+    client.zincrby("darkroom:pictures", -601, job.id)
+    leftovers = await queue.expired_pictures(60)
+    with Operations.connect(settings) as operations:
+        operations.retry(job.id)
+    (claim,) = intake.claim(["demo"], 1)
+    intake.commit(claim, "succeeded", Result(expires_at=2e9))
+    assert not await queue.pictures_deleted(leftovers)
+    assert client.zscore("darkroom:pictures", job.id) == 2e9

@@ -87,6 +87,15 @@ async def test_of_progress_one_message_waits_and_none_after_the_end(queue, intak
     await outbox.done(started, OK)
 
 
+async def test_progress_does_not_wait_after_the_end_where_only_progress_was_asked_for(queue, intake, outbox, make_job):
+    await queue.submit(make_job(webhook=Webhook(url=URL, events=("progress",))))
+    (claim,) = intake.claim(["demo"], 1)
+    intake.progress({claim: Progress(step=1, steps=2)})
+    assert await outbox.waiting() == 1
+    intake.commit(claim, "succeeded", Result())
+    assert await outbox.waiting() == 0
+
+
 async def test_job_that_starts_again_has_started_once(queue, intake, make_intake, outbox, make_job):
     await queue.submit(make_job(webhook=ALL))
     claims = intake.claim(["demo"], 1)
@@ -210,6 +219,15 @@ async def test_log_of_a_job_in_a_new_life_goes_on_and_its_end_is_told_again(queu
     assert await outbox.waiting() == 1
     await outbox.done(new, OK)
     assert (await queue.view(job.id)).deliveries == (BAD, OK)
+
+
+async def test_job_in_a_new_life_is_not_told_to_have_ended_before_it_did(queue, settings, outbox, make_job, client):
+    job = await ended_job(queue, make_job)
+    with Operations.connect(settings) as operations:
+        operations.retry(job.id)
+    assert client.keys("darkroom:outbox*") == []
+    await queue.cancel(job.id)
+    assert await events(outbox) == ["completed"]
 
 
 async def test_messages_of_a_forgotten_job_are_forgotten(queue, outbox, make_job, client):

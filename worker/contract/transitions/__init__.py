@@ -2,9 +2,9 @@
 
 submit -> claim -> commit, and cancel and progress beside them. A worker holds what it claimed under a lease: renew,
 hand_back, retire; reap and bury take it from a worker that is gone. Either side runs them. view, page, load and survey
-read; forget leaves nothing, expire tells whose pictures may go; send and sent are for whoever calls webhooks. An
-operator's are retry, purge, forget_model and status. A job ends once in each of its lives: each has one terminal event,
-and only retry begins another.
+read; forget leaves nothing; expire and expired are for whoever deletes pictures, send and sent for whoever calls
+webhooks. An operator's are retry, purge, forget_model and status. A job ends once in each of its lives: each has one
+terminal event, and only retry begins another.
 
 What Redis holds beside RQ's own keys (`rq:job:<id>`, `rq:queue:<queue>`, `rq:<registry>:<queue>`, ...):
 

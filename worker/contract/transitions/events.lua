@@ -15,7 +15,6 @@ local function put_out(id, told)
   local entry = id .. ':' .. told
   if told == 'progress' and redis.call('ZSCORE', OUTBOX, entry) then return end
   if told == 'started' and redis.call('HSETNX', job_key(id), 'told_started', 1) == 0 then return end
-  if told == 'completed' then take_out(id .. ':progress') end
   redis.call('ZADD', OUTBOX, decimal(NOW), entry)
   redis.call('HSET', OUTBOX_ENTRIES, entry, cjson.encode({at = decimal(NOW), attempt = 0}))
 end
@@ -27,6 +26,7 @@ local function event(id, name, data)
   redis.call('PUBLISH', 'darkroom:event', table.concat({id, at, name, data}, ' '))
   local told = WEBHOOK_EVENTS[name]
   if not told then return end
+  if told == 'completed' then take_out(id .. ':progress') end  -- also where nobody asked for the end
   for _, asked in ipairs((meta_of(id) or {}).webhook or {}) do
     if asked == told then put_out(id, told) end
   end

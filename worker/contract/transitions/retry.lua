@@ -1,6 +1,6 @@
 -- Starts a new life of a job that failed or was canceled: at the end of its queue, with a deadline of its own and without
--- a past, but for its events, what was delivered to its webhook, and RQ's stream of results. A job whose worker died while
--- it ran alone stays apart.
+-- a past, but for its events, what was delivered to its webhook, and RQ's stream of results. What its webhook was not told
+-- yet of the earlier life would be told of this one, so it is forgotten. A job whose worker died while it ran alone stays apart.
 -- ARGV: id, bound of the queue, then fields and values of RQ's job hash.
 -- Returns the position, or why not: 'gone', 'draining', 'full', or the status of a job that has not failed.
 local id, bound = ARGV[1], tonumber(ARGV[2])
@@ -15,6 +15,7 @@ forget_executions(id, queue, worker)  -- a tool of RQ's that ends a job leaves t
 redis.call('ZREM', RQ .. 'failed:' .. queue, id)
 redis.call('ZREM', RQ .. 'canceled:' .. queue, id)
 leave_group(id)
+forget_messages(id)
 redis.call('DEL', key)
 redis.call('PERSIST', RQ .. 'results:' .. id)
 redis.call('PERSIST', events_key(id))
