@@ -15,10 +15,11 @@ from worker.contract.errors import QueueUnavailable
 from worker.intake import Intake
 from worker.models import card_of
 from worker.settings import WorkerSettings
+from worker.status import CANNOT_START
 
 log = structlog.get_logger()
 
-CANNOT_START, TRY_AGAIN = 2, 1
+TRY_AGAIN = 1
 
 
 def announce(settings: WorkerSettings) -> int:

@@ -107,6 +107,8 @@ class Delivery:
             outcome = self._commit(claim, task)
         except StoreUnavailable:
             log.warning("the picture store is away; a finished job is left to others", **about(task.job))
+        except QueueUnavailable:  # no reason to fail it: its pictures are stored, and it may even be committed
+            log.warning("redis is away; a finished job is left to others", **about(task.job))
         except Exception as error:
             log.exception("could not commit", **about(task.job))
             outcome = self._fail(claim, task, error)
@@ -119,21 +121,26 @@ class Delivery:
                 self._tracing.ended(claim, task, outcome, since)
 
     def _commit(self, claim: Claim, task: Task) -> str:
-        """Try until store and Redis answer; what the commit did not accept is deleted again."""
+        """Try until store and Redis answer; what the commit did not accept is deleted again.
+
+        StoreUnavailable, QueueUnavailable: they did not when we were closed.
+        """
         if task.outcome == "succeeded" and claim.key not in self._unstored:
             return "lost"
         outcome, result = self._result(claim, task)
         while True:
             for pause in RETRY_S:
+                is_last = self._closing.is_set()
                 try:
                     if self._intake.commit(claim, outcome, result):
                         return outcome
                     self._forget(claim)
                     return "canceled" if task.cancel_requested else "lost"
                 except QueueUnavailable as error:
-                    cause = str(error.__cause__)
-                    if self._closing.wait(pause):
+                    if is_last:
                         raise
+                    cause = str(error.__cause__)
+                    self._closing.wait(pause)
             log.warning("redis is away; still holding a finished job", **about(claim.job), cause=cause)
 
     def _fail(self, claim: Claim, task: Task, error: Exception) -> str:
@@ -142,6 +149,7 @@ class Delivery:
             committed = self._intake.commit(claim, "failed", Result(failure=explain(task.job, error)))
         except Exception:
             log.exception("could not even fail it", **about(task.job))
+            self._intake.let_go(claim)  # held, it would be renewed for ever; so it goes back
             return "lost"
         return "failed" if committed else "lost"
 

@@ -102,12 +102,22 @@ class Intake:
         return int(self._run("bury", worker, death_limit))
 
     def hand_back(self, claims: Iterable[Claim]) -> None:
-        """Puts jobs back at the front of their queues, to be run by others from the start."""
+        """Puts jobs back at the front of their queues, to be run by others from the start.
+
+        After QueueUnavailable they are not held any more either: they go back at the next `renew`.
+        """
         claims = list(claims)
-        if claims:
-            self._run("hand_back", *[claim.key for claim in claims])
-        for claim in claims:
-            self._let_go(claim)
+        try:
+            if claims:
+                self._run("hand_back", *[claim.key for claim in claims])
+        finally:
+            for claim in claims:
+                self.let_go(claim)
+
+    def let_go(self, claim: Claim) -> None:
+        """Holds a claim no more; from any thread. If its job has not ended, it goes back at the next `renew`."""
+        self._held.pop(claim.key, None)
+        self._told.discard(claim.key)
 
     def retire(self) -> None:
         """Says that this worker is gone; what it still holds goes back."""
@@ -142,7 +152,7 @@ class Intake:
             "commit", claim.job.id, claim.execution, RQ_STATUS[status], ending.outcome, ending.encoded,
             "" if result.expires_at is None else result.expires_at, round(1000 * result.gpu_seconds),
         )  # fmt: skip
-        self._let_go(claim)
+        self.let_go(claim)
         return bool(done)
 
     def progress(self, progress: Mapping[Claim, Progress]) -> set[str]:
@@ -191,10 +201,6 @@ class Intake:
             claims.append(Claim(job, execution.decode(), claimed_at, queued_s, suspect=bool(group)))
             self._held[claims[-1].key] = claims[-1]
         return claims
-
-    def _let_go(self, claim: Claim) -> None:
-        self._held.pop(claim.key, None)
-        self._told.discard(claim.key)
 
     def _run(self, transition: str, *args: str | bytes | float) -> Any:
         with reaching_redis():

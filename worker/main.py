@@ -249,11 +249,13 @@ class Worker:
 
     def _hand_back_unstored(self) -> None:
         claims = self.delivery.unstored()
-        self.intake.hand_back(claims)
-        self.delivery.drop(claims)
-        for task in [task for task, claim in list(self._running.items()) if claim in claims]:
-            log.warning("the picture store is away; handed back a finished job", **about(task.job))
-            self._drop(task)
+        try:
+            self.intake.hand_back(claims)
+        finally:  # where Redis is away they go back by a later renewal
+            self.delivery.drop(claims)
+            for task in [task for task, claim in list(self._running.items()) if claim in claims]:
+                log.warning("the picture store is away; a finished job goes back to its queue", **about(task.job))
+                self._drop(task)
 
     def _publish(self) -> None:
         """Say that the models are ready; insist, since nothing works before that."""
@@ -302,13 +304,18 @@ class Worker:
         claims = {task: self._running[task] for task in tasks if task.outcome is None and task in self._running}
         if not claims:
             return
+        became = "handed back"
         try:
             self.intake.hand_back(claims.values())
         except QueueUnavailable as error:
-            log.warning("redis is away; the jobs go back when the lease lapses", cause=str(error.__cause__))
+            became = "let go"
+            log.warning(
+                "redis is away; the jobs go back when it answers us, or when the lease lapses",
+                cause=str(error.__cause__),
+            )
         self.engine.withdraw([claim.job.id for claim in claims.values()])
         for task, claim in claims.items():
-            log.info("handed back", **about(claim.job))
+            log.info(became, **about(claim.job))
             self._drop(task)
 
     def _ended(self, task: Task) -> None:

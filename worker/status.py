@@ -20,8 +20,8 @@ CANNOT_START = 2
 HUNG = 70
 """The exit status of a process whose GPU no longer answers."""
 
-State = Literal["loading", "connecting", "ready", "draining"]
-"""loading: nothing is said yet. connecting: the models are loaded, and Redis does not know of it yet."""
+State = Literal["connecting", "ready", "draining"]
+"""connecting: the models are loaded, and Redis does not know of it yet. While they load nothing is said."""
 
 STUCK_S = 60.0
 """A control loop turns several times a second, or once in some seconds where Redis is away."""

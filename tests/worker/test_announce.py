@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from model.checkpoint import CheckpointError
 from worker.__main__ import main
-from worker.announce import CANNOT_START, TRY_AGAIN, announce
+from worker.announce import TRY_AGAIN, announce
 from worker.contract.cards import ModelCard
 from worker.contract.queue import CARDS
 from worker.models import Loader, card_of
 from worker.settings import ModelSource, WorkerSettings
+from worker.status import CANNOT_START
 
 
 def settings_for(bundle: Path, redis_url: str = "redis://127.0.0.1:1/0") -> WorkerSettings:

@@ -6,15 +6,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.processes import wait_until
 from tests.worker.jobs import make_job
-from worker.contract.errors import StoreUnavailable
-from worker.contract.job import Job, JobView
+from worker.contract.errors import QueueUnavailable, StoreUnavailable
+from worker.contract.job import Job, JobView, Result
 from worker.contract.queue import JobQueue
+from worker.contract.record import Ended
+from worker.contract.settings import ContractSettings
 from worker.contract.store import FolderStore
 from worker.delivery import Delivery
 from worker.engine import Outcome
@@ -49,6 +52,23 @@ class Silent(Away):
         FolderStore.put(self, key, data)
 
 
+class Deaf(Intake):
+    """An intake whose Redis is away when jobs that `ended` so are to be committed, until it is back."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.ended: Ended = "succeeded"
+        self.back = threading.Event()
+        self.knocks = 0
+
+    def commit(self, claim: Claim, status: Ended, result: Result) -> bool:
+        if status == self.ended:
+            self.knocks += 1
+            if not self.back.is_set():
+                raise QueueUnavailable from OSError("away")
+        return super().commit(claim, status, result)
+
+
 class Site:
     """One worker's delivery, and the queue that it takes from."""
 
@@ -80,6 +100,22 @@ class Site:
 @pytest.fixture
 def site(queue: JobQueue, intake: Intake, tmp_path: Path) -> Iterator[Site]:
     site = Site(queue, intake, Away(tmp_path / "pictures"))
+    yield site
+    site.delivery.close()
+
+
+@pytest.fixture
+def deaf(settings: ContractSettings) -> Iterator[Deaf]:
+    intake = Deaf.connect(settings, "w1")
+    yield intake
+    intake.close()
+
+
+@pytest.fixture
+def deaf_site(queue: JobQueue, deaf: Deaf, tmp_path: Path) -> Iterator[Site]:
+    """A site whose store is there, and whose Redis is not."""
+    site = Site(queue, deaf, Away(tmp_path / "pictures"))
+    site.store.back.set()
     yield site
     site.delivery.close()
 
@@ -149,6 +185,28 @@ async def test_closing_while_the_store_is_away_fails_nothing_and_retiring_gives_
     assert (view.status, view.result) == ("queued", None)
 
 
+async def test_closing_while_redis_is_away_fails_nothing_and_retiring_gives_the_job_back(
+    deaf_site: Site, deaf: Deaf
+) -> None:
+    job = make_job()
+    await deaf_site.send(job)
+    wait_until(lambda: deaf.knocks >= 1)
+    deaf_site.delivery.close()
+    assert (await deaf_site.view(job)).status == "running"
+    deaf.retire()
+    view = await deaf_site.view(job)
+    assert (view.status, view.result) == ("queued", None)
+
+
+async def test_closing_commits_at_once_what_waits_for_a_redis_that_is_back(deaf_site: Site, deaf: Deaf) -> None:
+    job = make_job()
+    await deaf_site.send(job)
+    wait_until(lambda: deaf.knocks == 4)  # the fifth would come two seconds later
+    deaf.back.set()
+    assert deaf_site.delivery.close()
+    assert (await deaf_site.view(job)).status == "succeeded"
+
+
 async def test_closing_leaves_a_silent_store_to_itself_and_begins_nothing_more(
     queue: JobQueue, intake: Intake, tmp_path: Path
 ) -> None:
@@ -215,3 +273,14 @@ async def test_result_that_cannot_be_committed_fails_its_job_instead_of_holding_
         "failed",
         "internal_error",
     )
+
+
+async def test_job_that_cannot_even_be_failed_is_held_no_more_and_goes_back(deaf_site: Site, deaf: Deaf) -> None:
+    deaf.ended = "failed"
+    job = make_job()
+    task = Task(job, renderings=[Rendering(PIXELS)], outcome="succeeded", seconds={"denoise": object()})  # type: ignore[dict-item]
+    deaf_site.delivery.send(await deaf_site.claim(job), task)
+    wait_until(lambda: bool(deaf_site.done))
+    assert (await deaf_site.view(job)).status == "running"
+    deaf.renew(["tiny"])
+    assert (await deaf_site.view(job)).status == "queued"

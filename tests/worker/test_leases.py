@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 
 import pytest
+import redis
 
 from worker.contract.errors import QueueUnavailable
 from worker.contract.job import Result
 from worker.contract.settings import ContractSettings
+from worker.contract.transitions import script
 from worker.intake import Intake
 
 MANY = 8
@@ -159,6 +161,28 @@ async def test_jobs_handed_back_are_the_next_in_their_old_order_and_are_no_suspe
     claims = other.claim(["demo"], MANY)
     assert ids(claims) == ids_of([first, second, third])
     assert not any(claim.suspect for claim in claims)
+
+
+class NeverHandsBack(redis.Redis):
+    """Redis is away whenever jobs are to be handed back."""
+
+    def evalsha(self, sha, *args):
+        if sha == self.register_script(script("hand_back")).sha:
+            raise redis.ConnectionError
+        return super().evalsha(sha, *args)
+
+
+async def test_jobs_that_could_not_be_handed_back_go_back_at_the_next_renewal(queue, redis_url, make_job):
+    intake = Intake(NeverHandsBack.from_url(redis_url), "w1")
+    kept, given = make_job(), make_job()
+    await submit(queue, kept, given)
+    claims = intake.claim(["demo"], MANY)
+    with pytest.raises(QueueUnavailable):
+        intake.hand_back(claims[1:])
+    assert await status(queue, kept, given) == ["running", "running"]
+    intake.renew(["demo"])
+    assert await status(queue, kept, given) == ["running", "queued"]
+    intake.close()
 
 
 async def test_a_job_that_was_to_stop_ends_as_canceled_when_its_worker_dies(queue, intake, make_intake, make_job):

@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -21,7 +21,7 @@ from tests.processes import wait_until
 from worker.contract.errors import CannotStart
 from worker.contract.settings import ContractSettings
 from worker.probes import Probes, serving
-from worker.status import STUCK_S, Status
+from worker.status import STUCK_S, State, Status
 from worker.supervisor import STATUS, Slot, Supervisor
 
 SUPERVISE = """
@@ -100,6 +100,14 @@ def test_a_worker_is_alive_and_not_ready_while_models_load(site: Site) -> None:
     assert told["awaited"] == ["process 1 is about to be started"]
     site.say(1, "connecting")
     assert site.ask("/readyz")[1]["awaited"] == ["process 1 has its models, and waits for Redis"]
+
+
+@pytest.mark.parametrize("state", get_args(State))
+def test_readiness_has_words_for_every_state_of_a_process(site: Site, state: str) -> None:
+    for n in range(2):
+        site.say(n, state)
+    status, told = site.ask("/readyz")
+    assert (status, len(told["awaited"])) == ((200, 0) if state == "ready" else (503, 2))
 
 
 def test_a_worker_is_ready_once_all_of_its_processes_are_however_busy(site: Site) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from tests.app.fake_worker import TINY
 from tests.bucket import SECRET, S3Server
@@ -18,6 +19,7 @@ from tests.processes import wait_until
 from tests.worker.fake_pipeline import FakePipeline
 from tests.worker.jobs import make_job
 from tests.worker.test_delivery import Away, Silent
+from tests.worker.test_leases import NeverHandsBack
 from tests.worker.test_worker_process import Process
 from worker.contract.queue import JobQueue
 from worker.intake import Intake
@@ -162,6 +164,22 @@ async def test_job_that_was_handed_back_is_not_counted_as_running_though_its_pic
     assert hand.running() == 0
 
 
+async def test_job_that_cannot_be_handed_back_is_let_go_and_goes_back_when_the_worker_renews(
+    queue: JobQueue, redis_url: str, tmp_path: Path
+) -> None:
+    job = make_job()
+    await queue.submit(job)
+    client: redis.Redis = NeverHandsBack.from_url(redis_url)
+    with Hand("one", Intake(client, "one"), tmp_path / "pictures") as hand:
+        wait_until(lambda: hand.running() == 1)
+        wait_until(lambda: hand.running() == 0)
+        while (await queue.view(job.id)).status != "queued":
+            await queue.wait(job.id, 0.05)
+        assert not hand.store.back.is_set()
+        hand.store.back.set()
+        assert (await queue.wait(job.id, 20)).status == "succeeded"
+
+
 @pytest.fixture
 def start(redis_url: str, tmp_path: Path, tiny_bundle: Path) -> Iterator[Callable[..., Process]]:
     """Starts workers, each in a folder of its own; away: what shall be their pictures' folder is a file."""
@@ -205,7 +223,7 @@ async def test_process_gives_a_job_to_one_whose_store_is_there(queue: JobQueue, 
     job = make_job()
     await queue.submit(job)
     blocked = start("one", away=True, DARKROOM_STORE_PATIENCE_S="1")
-    wait_until(lambda: "handed back a finished job" in blocked.log.read_text(), START_S)
+    wait_until(lambda: "a finished job goes back to its queue" in blocked.log.read_text(), START_S)
     assert (await queue.view(job.id)).status == "queued"
     other = start("other", away=False)
     view = await queue.wait(job.id, START_S)

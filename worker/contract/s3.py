@@ -18,7 +18,7 @@ from pydantic import SecretStr
 from worker.contract.errors import StoreUnavailable
 from worker.contract.job import MEDIA_TYPES
 from worker.contract.settings import ContractSettings
-from worker.contract.store import check_key
+from worker.contract.store import OURS, check_key
 
 CONNECT_S, ANSWER_S, DOWNLOAD_S, UPLOAD_S = 2.0, 4.0, 30.0, 30.0
 """For a connection; between two signs of life; for a picture down; for one up, during which there is no such sign."""
@@ -31,7 +31,6 @@ PAGE = 1000
 """Keys in one answer, and in one deletion, at most."""
 
 KINDS: Mapping[str, str] = {format: kind for format, kind in MEDIA_TYPES.items()}  # noqa: C416
-OURS = re.compile(r"gen_[^/]+/[^/]+/[0-9]+\.(png|jpeg|webp)")
 NOWHERE = "gen_"
 """A folder that no key of ours is in."""
 

@@ -13,13 +13,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
+import structlog
+from structlog.typing import FilteringBoundLogger
+
 from worker.contract.errors import CannotStart, StoreUnavailable
 from worker.contract.job import OutputFormat
 from worker.contract.settings import ContractSettings
 
+OURS = re.compile(r"gen_[^/]+/[^/]+/[0-9]+\.(png|jpeg|webp)")
+"""Keys as `picture_key` makes them: whatever else lies where the pictures are is not ours to delete."""
+
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _MAX_KEY = 512
 _TEMPORARY = ".tmp-"
+_LEFTOVER = re.compile(r"\.tmp-[a-z0-9_]{8}")  # as mkstemp names it
+_FOLDER = re.compile(r"gen_[^/]+(/[^/]+)?")  # of a job, and of one of its executions
 _MODE = 0o640
 """The gateway may be another user of the worker's group."""
 _MEANWHILE = (errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY)
@@ -65,10 +73,10 @@ class PictureStore(Protocol):
         ...
 
 
-def open_store(settings: ContractSettings) -> PictureStore:
+def open_store(settings: ContractSettings, log: FilteringBoundLogger | None = None) -> PictureStore:
     """The store that the settings name: a bucket if there is one, else the folder. CannotStart."""
     if settings.s3_bucket is None:
-        return FolderStore(settings.store_dir)
+        return FolderStore(settings.store_dir, log)
     try:
         from worker.contract.s3 import S3Store  # with it comes obstore
     except ImportError:
@@ -91,8 +99,9 @@ class FolderStore:
 
     origin = None
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, log: FilteringBoundLogger | None = None) -> None:
         self._root = root.expanduser().absolute()
+        self._log: FilteringBoundLogger = log or structlog.get_logger()
 
     def put(self, key: str, data: bytes) -> None:
         """Writes beside the place, then moves there: a reader never sees half a picture."""
@@ -130,22 +139,40 @@ class FolderStore:
             _persist(lambda: shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True))
 
     def sweep(self, older_than_s: float) -> int:
-        """Removes files last written longer ago than that, and the folders that are empty then."""
+        """Removes pictures last written longer ago than that, and folders of ours that are empty then; nothing else.
+
+        What may not be removed is passed over.
+        """
         limit = time.time() - older_than_s
-        swept = 0
+        swept, refused = 0, list[PermissionError]()
         with _reaching_folder():
-            for folder, _, names in os.walk(self._root, topdown=False):
-                for name in names:
-                    swept += self._remove_if_older(Path(folder, name), limit)
-                if Path(folder) != self._root:
-                    with suppress(OSError):  # not empty
-                        os.rmdir(folder)
+            folders, files = self._ours()
+            for file in files:
+                try:
+                    swept += self._remove_if_older(file, limit)
+                except PermissionError as error:
+                    refused.append(error)
+            for folder in reversed(folders):
+                with suppress(OSError):  # not empty
+                    folder.rmdir()
+        if refused:
+            self._log.warning("expired pictures cannot be removed", files=len(refused), cause=str(refused[0]))
         return swept
 
     def check(self) -> None:
         """Writes and removes an empty file."""
         with _reaching_folder():
             self._temporary().unlink()
+
+    def _ours(self) -> tuple[list[Path], list[Path]]:
+        """Folders of ours, each before those in it; and files: pictures, and what a put that died has left."""
+        folders, files = list[Path](), list[Path]()
+        for place, below, names in os.walk(self._root):
+            within = "" if Path(place) == self._root else f"{Path(place).relative_to(self._root)}/"
+            below[:] = [name for name in below if _FOLDER.fullmatch(within + name)]  # others are not entered
+            folders += [Path(place, name) for name in below]
+            files += [Path(place, name) for name in names if _is_ours(within + name)]
+        return folders, files
 
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
@@ -164,6 +191,10 @@ class FolderStore:
                 path.unlink()
                 return 0 if path.name.startswith(_TEMPORARY) else 1
         return 0
+
+
+def _is_ours(path: str) -> bool:
+    return bool(OURS.fullmatch(path) or _LEFTOVER.fullmatch(path))
 
 
 def _move(temporary: Path, path: Path) -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from tests.bucket import Moto, S3Server
 from worker.contract.errors import StoreUnavailable
@@ -165,6 +168,51 @@ def test_sweep_takes_the_old_and_empty_folders_and_counts(folder, tmp_path):
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["gen_2"]
     assert folder.get("gen_2/abc/0.png") == b"new"
     assert folder.sweep(50) == 0
+
+
+def test_sweep_of_a_folder_takes_nothing_that_is_not_ours(folder, tmp_path):
+    pictures = tmp_path / "pictures"
+    names = [
+        "model.safetensors", "gen_1.png", ".tmp-notes", "holiday/1.png", "holiday/gen_1/abc/0.png", "gen_1/notes.txt",
+        "gen_1/abc/0.png.bak", "gen_1/abc/deep/0.png", "holiday/.tmp-abcd1234",
+    ]  # fmt: skip
+    for name in names:
+        (pictures / name).parent.mkdir(parents=True, exist_ok=True)
+        (pictures / name).write_bytes(b"theirs")
+    (pictures / "empty/gen_1").mkdir(parents=True)
+    assert folder.sweep(-50) == 0
+    assert {str(path.relative_to(pictures)) for path in pictures.rglob("*") if path.is_file()} == set(names)
+    assert (pictures / "empty/gen_1").is_dir()
+
+
+def test_sweep_takes_what_a_put_that_died_has_left_and_does_not_count_it(folder, tmp_path):
+    folder.check()
+    handle, left = tempfile.mkstemp(prefix=".tmp-", dir=tmp_path / "pictures")
+    os.close(handle)
+    assert folder.sweep(50) == 0
+    assert Path(left).exists()
+    assert folder.sweep(-50) == 0
+    assert not Path(left).exists()
+
+
+def test_sweep_passes_over_what_may_not_be_removed_and_says_so_once(folder, tmp_path, monkeypatch):
+    keys = [f"gen_{job}/abc/{n}.png" for job in (1, 2) for n in range(3)]
+    for key in keys:
+        folder.put(key, b"old")
+    unlink = Path.unlink
+
+    def refuse(path, *how):
+        if path.name in ("0.png", "1.png"):
+            raise PermissionError(1, "Operation not permitted", str(path))
+        unlink(path, *how)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with capture_logs() as lines:
+        assert folder.sweep(-50) == 2
+    assert [folder.get(key) for key in keys] == [b"old", b"old", None] * 2
+    ((line),) = lines
+    assert (line["log_level"], line["files"]) == ("warning", 4)
+    assert "0.png" in line["cause"] or "1.png" in line["cause"]
 
 
 def test_put_survives_a_sweep_that_takes_its_empty_folder(folder):
