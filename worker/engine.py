@@ -75,7 +75,7 @@ class Engine:
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.pipelines, self.metrics, self.forecast = pipelines, metrics, Forecast(paces)
+        self.pipelines, self.metrics, self.forecast = pipelines, metrics, Forecast(paces, clock)
         self.speed = Speed()
         tokens = {name: settings.token_budget or TOKENS[p.device.type] for name, p in pipelines.items()}
         self.budget, self._max_jobs = Budget(settings.max_batch_rows, tokens), settings.max_jobs
@@ -93,8 +93,9 @@ class Engine:
 
     def submit(self, task: Task) -> None:
         """Hand a task to the engine."""
-        pipeline = self.pipelines.get(task.job.model)
-        self._held[task] = task.job.num_images * task.tokens(pipeline.t5_length if pipeline else 0)
+        if pipeline := self.pipelines.get(task.job.model):
+            task.t5_length = pipeline.t5_length
+        self._held[task] = task.job.num_images * task.tokens
         self._inbox.put(task)
 
     def withdraw(self, job_ids: Collection[str]) -> None:

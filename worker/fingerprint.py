@@ -16,6 +16,7 @@ import transformers
 import model as model_package
 from model.choices import TABLE
 from model.fp8 import Fp8Linear
+from model.kernels import has_triton
 from model.pipeline import Pipeline
 
 UNSEEN = {"training", "evaluation", "bundles", "__pycache__"}
@@ -33,7 +34,8 @@ def parts(pipeline: Pipeline, revision: str) -> dict[str, str | int]:
         "dtype": str(pipeline.dtype),
         "way": pipeline.way,
         "precision": "fp8" if any(isinstance(layer, Fp8Linear) for layer in pipeline.mmdit.modules()) else "",
-        "kernels": _kernels() if pipeline.device.type == "cuda" else "",
+        "kernels": _kernels(pipeline.device) if pipeline.device.type == "cuda" else "",
+        "texts": pipeline.text.digest,
         "text_device": pipeline.text.device.type,
         "text_dtype": str(next(pipeline.text.clip_l.parameters()).dtype),
         "t5_length": pipeline.t5_length if pipeline.text.t5 is not None else 0,
@@ -48,14 +50,16 @@ def fingerprint(pipeline: Pipeline, revision: str) -> str:
 
 
 @cache
-def _kernels() -> str:
-    """The packages, beside PyTorch, that bring kernels; those that are absent too."""
+def _kernels(device: torch.device) -> str:
+    """The packages, beside PyTorch, that bring kernels; those that are absent, or do not work here, too."""
     found = {}
     for package in ("triton", "fa3-fwd"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "absent"
+    if not has_triton(device):
+        found["triton"] = "unused"
     return ", ".join(f"{package} {version}" for package, version in found.items())
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import NamedTuple
@@ -13,6 +14,9 @@ MAX_KINDS = 1024
 
 GUESS_S = 1e-4
 """Seconds a token, where nothing like it has ever run: only the first order of jobs depends on it."""
+
+FRESH_S = 60.0
+"""So old may a measurement be that says what cannot be done: else whoever was slow once would refuse all for ever."""
 
 FIRST_S = 12.0
 """The first batch of a kind may take so long: kernels are compiled and chosen, memory is reserved."""
@@ -33,29 +37,33 @@ class Pace:
     ran: int = 0
     last: deque[float] = field(default_factory=lambda: deque(maxlen=9))
     seconds: float = 0.0  # their median: one slow batch is no pace
+    at: float = 0.0  # when the last of them ran
 
-    def add(self, seconds: float) -> None:
+    def add(self, seconds: float, now: float) -> None:
         """One more batch. The first is dropped as soon as there is a second: it was slower than any other will be."""
         if self.ran == 1:
             self.last.clear()
         self.ran += 1
         self.last.append(seconds)
-        self.seconds = median(self.last)
+        self.seconds, self.at = median(self.last), now
 
 
 class Forecast:
     """Seconds by kind of work and rows."""
 
-    def __init__(self, paces: Mapping[str, Mapping[str, float]] | None = None) -> None:
+    def __init__(
+        self, paces: Mapping[str, Mapping[str, float]] | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """`paces`: seconds a token by model and stage, where they are known beforehand."""
         self._paces: OrderedDict[Kind, dict[int, Pace]] = OrderedDict()
+        self._clock = clock
         known = paces or {}
         # By model and stage, of the last batch.
         self._per_token = {(name, stage): s for name, pace in known.items() for stage, s in pace.items()}
 
     def observe(self, kind: Kind, rows: int, tokens: int, seconds: float) -> None:
         """A batch ran."""
-        self._paces.setdefault(kind, {}).setdefault(rows, Pace()).add(seconds)
+        self._paces.setdefault(kind, {}).setdefault(rows, Pace()).add(seconds, self._clock())
         self._paces.move_to_end(kind)
         if len(self._paces) > MAX_KINDS:
             self._paces.popitem(last=False)
@@ -64,30 +72,33 @@ class Forecast:
     def least(self, kind: Kind, rows: int) -> float:
         """Seconds that so many rows will take at the very least; 0 where we cannot honestly say.
 
-        Known from a larger batch: its share. From a smaller one: no less than that.
+        The fastest of the last batches, if one ran lately. Known from a larger batch: its share. From a smaller one: no
+        less than that.
         """
-        seconds, ran_rows = self._nearest(kind, rows, least_ran=2)
-        return seconds * min(1.0, rows / ran_rows)
+        fresh = self._clock() - FRESH_S
+        known = {size: pace for size, pace in self._of(kind).items() if pace.ran >= 2 and pace.at >= fresh}
+        if not known:
+            return 0.0
+        near = _nearest(known, rows)
+        return min(known[near].last) * min(1.0, rows / near)
 
     def expected(self, kind: Kind, rows: int, tokens: int) -> float:
         """Seconds that so many rows will take, about; for what never ran, by its tokens."""
-        seconds, ran_rows = self._nearest(kind, rows)
-        if seconds:
-            return seconds * rows / ran_rows
+        if known := self._of(kind):
+            near = _nearest(known, rows)
+            return known[near].seconds * rows / near
         return tokens * self._per_token.get((kind.model, kind.stage), GUESS_S)
 
     def allowance(self, kind: Kind, rows: int, tokens: int) -> float:
         """As `expected`, but generous to the first of a kind."""
         expected = self.expected(kind, rows, tokens)
-        return expected if rows in self._paces.get(kind, {}) else max(FIRST_S, expected)
+        return expected if rows in self._of(kind) else max(FIRST_S, expected)
 
-    def _nearest(self, kind: Kind, rows: int, least_ran: int = 1) -> tuple[float, int]:
-        """Seconds and rows of the batches nearest in size; 0 seconds where there are none."""
-        paces = self._paces.get(kind, {})
-        if (exact := paces.get(rows)) and exact.ran >= least_ran:
-            return exact.seconds, rows
-        sizes = [size for size, pace in paces.items() if pace.ran >= least_ran]
-        if not sizes:
-            return 0.0, 1
-        near = min(sizes, key=lambda size: max(size / rows, rows / size))
-        return paces[near].seconds, near
+    def _of(self, kind: Kind) -> Mapping[int, Pace]:
+        """What ran of a kind, by rows."""
+        return self._paces.get(kind, {})
+
+
+def _nearest(known: Mapping[int, Pace], rows: int) -> int:
+    """The size that is nearest, of batches that ran."""
+    return min(known, key=lambda size: max(size / rows, rows / size))

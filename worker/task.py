@@ -72,6 +72,7 @@ class Task:
     """One job in the engine. Other threads read it, may call `cancel`, and set `watched`; all else is the engine's."""
 
     job: Job
+    t5_length: int = T5_LENGTH  # of its model's texts
     children: list[Child] = field(default_factory=list)  # while it runs
     renderings: list[Rendering] = field(default_factory=list)  # once it has succeeded, in order
     steps_done: int = 0
@@ -97,9 +98,10 @@ class Task:
         """Rows of one picture's step."""
         return 2 if self.job.params.guided else 1
 
-    def tokens(self, t5_length: int = T5_LENGTH) -> int:
+    @property
+    def tokens(self) -> int:
         """Joint tokens of one picture's step."""
-        return self.rows * (image_tokens(self.job.params.width, self.job.params.height) + CLIP_LENGTH + t5_length)
+        return self.rows * (image_tokens(self.job.params.width, self.job.params.height) + CLIP_LENGTH + self.t5_length)
 
     def kind(self, stage: str) -> Kind:
         """The kind of its work at a stage."""
@@ -117,8 +119,8 @@ class Task:
 
     def expected_s(self, forecast: Forecast) -> float:
         """Seconds of steps and decoding that are left, about, if it had the GPU to itself."""
-        step = forecast.expected(self.kind(Denoise.stage), self.rows, self.tokens())
-        decode = forecast.expected(self.kind(Decode.stage), 1, self.tokens() // self.rows)
+        step = forecast.expected(self.kind(Denoise.stage), self.rows, self.tokens)
+        decode = forecast.expected(self.kind(Decode.stage), 1, self.tokens // self.rows)
         return self._steps_left * step + self._pictures_left * decode
 
     def surely_s(self, forecast: Forecast, room: Room) -> float:
@@ -126,7 +128,7 @@ class Task:
 
         room : of a denoising batch, which its pictures share unless they are deterministic
         """
-        together = min(self._pictures_left, room.rows // self.rows, room.tokens // self.tokens())
+        together = min(self._pictures_left, room.rows // self.rows, room.tokens // self.tokens)
         at_once = max(1, 1 if self.job.deterministic else together)
         step = forecast.least(self.kind(Denoise.stage), at_once * self.rows)
         return self._steps_left / at_once * step + self._pictures_left * forecast.least(self.kind(Decode.stage), 1)

@@ -46,8 +46,8 @@ def request_batching(waiting: Sequence[Task], holding: int, engine: Engine) -> l
     first = waiting[0]
     equal = [task for task in waiting if shape(task) == shape(first)]
     room = engine.budget.room(first.kind("denoise"))
-    tokens = first.tokens(engine.pipelines[first.job.model].t5_length)
-    return equal[: max(1, min(room.rows // first.rows, room.tokens // tokens))]
+    first.t5_length = engine.pipelines[first.job.model].t5_length  # as the engine does when it is given one
+    return equal[: max(1, min(room.rows // first.rows, room.tokens // first.tokens))]
 
 
 def continuous(waiting: Sequence[Task], holding: int, engine: Engine) -> list[Task]:

@@ -144,6 +144,7 @@ def test_fingerprint_tells_revisions_threads_text_lengths_and_precisions_apart(p
 def test_parts_of_a_fingerprint_name_torch_build_and_dtype(pipeline: Pipeline) -> None:
     told = parts(pipeline, "r1")
     assert told["torch"] == torch.__version__
+    assert told["texts"] == pipeline.text.digest
     assert told["dtype"] == "torch.float32"
     assert str(told["build"]).startswith("0.")
     assert told["revision"] == "r1"

@@ -50,7 +50,7 @@ def test_current_is_told_while_a_batch_hangs() -> None:
 
 
 def test_room_is_for_what_fills_a_batch_and_then_for_one_spare_job_at_a_time() -> None:
-    tokens = Task(make_job()).tokens()
+    tokens = Task(make_job()).tokens
     bench = Bench(token_budget=3 * tokens, max_jobs=64)
     rooms = [bench.engine.room()]
     for _ in range(4 + SPARE):

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from model.work import Denoise
-from tests.worker.fake_pipeline import Bench, FakePipeline
+from tests.worker.fake_pipeline import Bench, Clock, FakePipeline
 from tests.worker.jobs import make_job
 from worker.engine import Task
-from worker.forecast import FIRST_S, MAX_KINDS, Forecast, Kind
+from worker.forecast import FIRST_S, FRESH_S, MAX_KINDS, Forecast, Kind
 
 STEP = Kind("tiny", "denoise", (64, 64))
 WIDE = Kind("tiny", "denoise", (64, 128))
@@ -38,7 +38,25 @@ def test_one_slow_batch_among_many_changes_nothing() -> None:
 
 
 def test_a_lasting_change_of_pace_is_followed() -> None:
-    assert observed(*[(2, 1.0)] * 20, *[(2, 3.0)] * 9).least(STEP, 2) == 3.0
+    forecast = observed(*[(2, 1.0)] * 20, *[(2, 3.0)] * 9)
+    assert forecast.least(STEP, 2) == 3.0
+    assert forecast.expected(STEP, 2, 200) == 3.0
+
+
+def test_of_a_pace_that_varies_the_least_is_the_fastest() -> None:
+    assert observed((2, 1.0), *[(2, 9.0)] * 5, (2, 2.0)).least(STEP, 2) == 2.0
+
+
+def test_what_was_measured_long_ago_says_nothing_of_the_least() -> None:
+    clock = Clock()
+    forecast = Forecast(clock=clock)
+    for _ in range(2):
+        forecast.observe(STEP, 2, 200, 3.0)
+    clock.seconds = FRESH_S
+    assert forecast.least(STEP, 2) == 3.0
+    clock.seconds += 1
+    assert forecast.least(STEP, 2) == 0
+    assert forecast.expected(STEP, 2, 200) == 3.0
 
 
 def test_of_a_larger_batch_the_least_is_its_share_and_of_a_smaller_one_no_less_than_that() -> None:
@@ -112,6 +130,23 @@ def test_a_job_that_cannot_make_it_fails_before_its_first_step(bench: Bench) -> 
         "the deadline cannot be met: 10.0 s are left, at least 11.0 s are needed, after 0 of 9 steps"
     )
     assert bench.pipeline.sizes(Denoise) == []
+
+
+def test_a_worker_that_was_slow_once_takes_jobs_again_when_it_is_not(bench: Bench) -> None:
+    run_two(bench)
+    bench.pipeline.seconds["denoise"] = 12.0  # the machine is busy with something else
+    bench.submit(steps=10)
+    while len(bench.ended) < 3:
+        bench.engine.step()
+    bench.pipeline.seconds["denoise"] = 1.0
+    hopeless = due(bench, 30, steps=9)
+    while len(bench.ended) < 4:
+        bench.engine.step()
+    assert hopeless.failure.code == "deadline_exceeded"
+    bench.clock.seconds += FRESH_S + 1
+    tried = due(bench, 30, steps=9)
+    bench.drain()
+    assert tried.outcome == "succeeded"
 
 
 def test_a_job_that_can_just_make_it_runs(bench: Bench) -> None:
