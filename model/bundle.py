@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from reprlib import repr as short  # what is in a file may be long
 from typing import Any
 
 import torch
@@ -36,6 +38,11 @@ OTHER_SCHEDULES = (
 UNSHIFTED = Shift(1.0)
 LARGEST_LOG_SHIFT = 10.0
 MOST_TOKENS = 16_384  # twice what two megapixels have
+LARGEST_NUMBER = 1e9
+MOST_LAYERS = 256
+"""Several times what any such net has: each layer costs time and memory before a name in the files is compared."""
+
+JSON_LIMIT = 2**24  # bytes; indexes of shards are the longest, and take a hundredth
 
 Json = dict[str, Any]
 
@@ -43,10 +50,14 @@ Json = dict[str, Any]
 def read_json(path: Path) -> Json:
     """An object from a JSON file."""
     try:
-        data = json.loads(path.read_text("utf-8"))
+        with path.open("rb") as file:
+            text = file.read(JSON_LIMIT + 1)
+        if len(text) > JSON_LIMIT:
+            raise CheckpointError(f"{path} is too long, expected at most {JSON_LIMIT} bytes")
+        data = json.loads(text.decode())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}, expected an object")
@@ -64,7 +75,7 @@ def mmdit_config_from(path: Path) -> MMDiTConfig:
     config.only("out_channels", channels, default=16)
     return config.build(
         MMDiTConfig,
-        depth=config.number("num_layers", 18),
+        depth=config.number("num_layers", 18, most=MOST_LAYERS),
         hidden=hidden,
         heads=heads,
         context_dim=config.number("joint_attention_dim", 4096),
@@ -87,13 +98,16 @@ def vae_config_from(path: Path) -> VAEConfig:
         config.only(key, False, default=True)
     config.only("mid_block_add_attention", True, default=True)
     config.only("act_fn", "silu", default="silu")
+    scale = float(config.number("scaling_factor", 0.18215, kind=(int, float)))
+    if scale <= 0:
+        raise CheckpointError(f"{path}: scaling_factor is {scale:g}, expected more than 0")
     return config.build(
         VAEConfig,
         channels=channels,
-        encoder_blocks=config.number("layers_per_block", 1),
+        encoder_blocks=config.number("layers_per_block", 1, most=MOST_LAYERS),
         latent_channels=config.number("latent_channels", 4),
         groups=config.number("norm_num_groups", 32),
-        scale=float(config.number("scaling_factor", 0.18215, kind=(int, float))),
+        scale=scale,
         shift=float(config.number("shift_factor", 0.0, kind=(int, float), null=0.0, signed=True)),
     )
 
@@ -111,8 +125,9 @@ def shift_from(path: Path, default: Shift = UNSHIFTED) -> Shift:
     if config.only("use_dynamic_shifting", True, False, default=usual is growth and "shift" not in config.data):
         return Shift(_growth(config, growth), terminal)
     shift = float(config.number("shift", fixed, kind=(int, float)))
-    if shift <= 0:
-        raise CheckpointError(f"{path}: shift is {shift:g}, expected more than 0")
+    if shift <= 0 or abs(math.log(shift)) > LARGEST_LOG_SHIFT:
+        least, most = math.exp(-LARGEST_LOG_SHIFT), math.exp(LARGEST_LOG_SHIFT)
+        raise CheckpointError(f"{path}: shift is {shift:g}, expected from {least:.2g} to {most:.2g}")
     return Shift(shift, terminal)
 
 
@@ -153,7 +168,7 @@ class _Config:
     def only(self, key: str, *allowed: object, default: object) -> Any:
         value = self.data.get(key, default)
         if value not in allowed:
-            raise CheckpointError(f"{self.path}: {key} is {value!r}, expected {' or '.join(map(repr, allowed))}")
+            raise CheckpointError(f"{self.path}: {key} is {short(value)}, expected {' or '.join(map(repr, allowed))}")
         return value
 
     def number(
@@ -164,26 +179,30 @@ class _Config:
         kind: type[int] | tuple[type[int], type[float]] = int,
         null: Any = None,
         signed: bool = False,
+        most: float = LARGEST_NUMBER,
     ) -> Any:
         value: Any = self.data.get(key, default)
         if value is None and null is not None:
             return null
-        if isinstance(value, bool) or not isinstance(value, kind) or (value < 0 and not signed):
-            expected = "a number" if signed else "a number, not negative"
-            raise CheckpointError(f"{self.path}: {key} is {value!r}, expected {expected}")
+        least = -most if signed else 0
+        if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:  # NaN is refused too
+            expected = f"a {'whole ' if kind is int else ''}number from {least:g} to {most:g}"
+            raise CheckpointError(f"{self.path}: {key} is {short(value)}, expected {expected}")
         return value
 
     def numbers(self, key: str, default: list[int]) -> list[int]:
         value = self.data.get(key, default)
-        if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
-            raise CheckpointError(f"{self.path}: {key} is {value!r}, expected a list of whole numbers")
+        right = isinstance(value, list) and all(type(item) is int and 0 <= item <= LARGEST_NUMBER for item in value)
+        if not right or len(value) > MOST_LAYERS:
+            expected = f"a list of at most {MOST_LAYERS} whole numbers from 0 to {LARGEST_NUMBER:g}"
+            raise CheckpointError(f"{self.path}: {key} is {short(value)}, expected {expected}")
         return value
 
     def build(self, kind: type, **values: Any) -> Any:
         try:
             return kind(**values)
-        except ValueError as error:
-            raise CheckpointError(f"{self.path}: {error}") from error
+        except (ValueError, ArithmeticError) as error:
+            raise CheckpointError(f"{self.path}: no such network can be built: {error}") from error
 
 
 def mmdit_json(config: MMDiTConfig, sample_size: int = 128) -> Json:

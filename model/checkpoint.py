@@ -29,7 +29,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from model.bundle import TOKENIZERS, export_diffusers
+from model.bundle import MOST_LAYERS, TOKENIZERS, export_diffusers
 from model.config import VARIANTS, MMDiTConfig, VAEConfig
 from model.device import on
 from model.fp8 import FP8, SCALES, use_fp8
@@ -109,7 +109,7 @@ def load_components(
 
     path : a diffusers folder, Stability's single file, a folder with one, or a variant's folder
     dtype : of every weight (T5's `wo` stays fp32 where this is fp16, which it overflows)
-    tokenizers : the folder of tokenizer/, tokenizer_2/ and tokenizer_3/, if they are not beside the weights
+    tokenizers : the folder of tokenizer/, tokenizer_2/ and tokenizer_3/ for weights that have none beside them
     load_t5 : False leaves T5 out; its part of the context is then zeros
     variant : what the operator says this is. Turbo has Large's shapes: only this tells them apart.
     shelf : of the models loaded before, on the same device and in the same dtype: what is the same is not read again
@@ -122,11 +122,11 @@ def load_components(
     """
     sources, shelf = find(Path(path), load_t5), shelf or Shelf()
     name = variant_of(sources.mmdit_config, variant)
-    _check_widths(sources)
     device = torch.device(device)
     plans = _plans(sources, fp8)
-    place = tokenizers or sources.tokenizers
-    tokens = _tokenizers(place, with_t5=sources.t5 is not None)
+    beside = (sources.tokenizers / TOKENIZERS[0]).is_dir()
+    place = sources.tokenizers if beside or tokenizers is None else tokenizers
+    tokens = _tokenizers(place, sources)
     nets = {part: shelf.find(plan.net, plan.weights) for part, plan in plans.items() if part != MMDIT}
     missing = {part: plan for part, plan in plans.items() if nets.get(part) is None}
     homes = dict.fromkeys(plans, (device, dtype))
@@ -196,7 +196,8 @@ def parameters(net: nn.Module) -> int:
 
 
 def _plans(sources: Sources, fp8: bool) -> dict[str, _Plan[Any]]:
-    """A plan for each net, all names and shapes checked."""
+    """A plan for each net, all widths, names and shapes checked."""
+    _check_widths(sources)
     layout = original if sources.original else tuple
     clip_l, clip_g = sources.clip_l_config, sources.clip_g_config
     plans: dict[str, _Plan[Any]] = {
@@ -343,8 +344,17 @@ def _fill_position_ids(net: nn.Module, device: torch.device) -> None:
 
 
 def _check_widths(sources: Sources) -> None:
-    """The parts must fit together."""
+    """The parts must be small enough to be built, and fit each other and what is the same for every model."""
     mmdit, vae, clips = sources.mmdit_config, sources.vae_config, (sources.clip_l_config, sources.clip_g_config)
+    layers = {MMDIT: mmdit.depth, VAE_PART: vae.encoder_blocks, T5: getattr(sources.t5_config, "num_layers", 1)}
+    layers |= {part: clip.num_hidden_layers for part, clip in zip((CLIP_L, CLIP_G), clips, strict=True)}
+    for part, count in layers.items():
+        if not 1 <= count <= MOST_LAYERS:
+            raise CheckpointError(f"the layers of the {part}: found {count}, expected from 1 to {MOST_LAYERS}")
+    # Noise, the sides of pictures and the count of their tokens are made for these, whatever the model.
+    for what, found, expected in (("MMDiT's patch size", mmdit.patch, 2), ("VAE's levels", len(vae.channels), 4)):
+        if found != expected:
+            raise CheckpointError(f"the {what}: found {found}, expected {expected}")
     pairs = [
         ("the VAE's latent channels", vae.latent_channels, mmdit.in_channels),
         ("the projections of CLIP-L and CLIP-G together", sum(c.projection_dim or 0 for c in clips), mmdit.pooled_dim),
@@ -358,11 +368,23 @@ def _check_widths(sources: Sources) -> None:
         raise CheckpointError(f"CLIP-L and CLIP-G together are {width} wide, expected at most {mmdit.context_dim}")
 
 
-def _tokenizers(folder: Path, with_t5: bool) -> list[PreTrainedTokenizerBase | None]:
-    kinds = (CLIPTokenizer, CLIPTokenizer, T5Tokenizer if with_t5 else None)
-    return [
-        None if kind is None else _tokenizer(folder / name, kind) for name, kind in zip(TOKENIZERS, kinds, strict=True)
-    ]
+def _tokenizers(folder: Path, sources: Sources) -> list[PreTrainedTokenizerBase | None]:
+    """None for an encoder that is absent."""
+    kinds = (CLIPTokenizer, CLIPTokenizer, T5Tokenizer)
+    configs = (sources.clip_l_config, sources.clip_g_config, sources.t5_config)
+    found: list[PreTrainedTokenizerBase | None] = []
+    for name, kind, config in zip(TOKENIZERS, kinds, configs, strict=True):
+        if config is None:
+            found.append(None)
+            continue
+        tokenizer = _tokenizer(folder / name, kind)
+        largest, known = max(tokenizer.get_vocab().values(), default=-1), config.vocab_size
+        if largest >= known:
+            raise CheckpointError(
+                f"{folder / name}: the largest token id is {largest}, expected less than {known} for its encoder"
+            )
+        found.append(tokenizer)
+    return found
 
 
 def _tokenizer(folder: Path, default: type[PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
@@ -370,7 +392,9 @@ def _tokenizer(folder: Path, default: type[PreTrainedTokenizerBase]) -> PreTrain
         raise CheckpointError(f"tokenizer folder {folder} is missing: say where {', '.join(TOKENIZERS)} are")
     kind = AutoTokenizer if (folder / "tokenizer_config.json").is_file() else default
     try:
-        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(folder, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
         raise CheckpointError(f"{folder} is not a tokenizer: {error}") from error
     if tokenizer.eos_token_id is None:

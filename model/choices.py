@@ -21,7 +21,7 @@ from model.fast_mmdit import Choice, FastMMDiT
 from model.kernels.attention import backends
 
 TABLE = Path(__file__).with_name("choices.json")
-"""By the GPU's name, then by the MMDiT's hidden width: a list of what was measured."""
+"""By the GPU's name, then by precision and the MMDiT's hidden width: a list of what was measured."""
 
 log = logging.getLogger(__name__)
 

@@ -101,7 +101,7 @@ class Sources:
 
     @property
     def revision(self) -> str:
-        """Changes when anything here does."""
+        """Changes when a weights file does, or the MMDiT's config, the VAE's or the shift."""
         return _digest((self.mmdit_config, self.vae_config, self.shift), self.files)
 
     @property
@@ -202,7 +202,10 @@ def _sharded(index: Path) -> dict[str, Entry]:
 
 
 def _text_config(kind: type[C], folder: Path) -> C:
-    data = read_json(folder / "config.json")
+    # Nothing here classifies; transformers would make a table of as many labels as the file says.
+    data = {
+        k: v for k, v in read_json(folder / "config.json").items() if k not in ("num_labels", "id2label", "label2id")
+    }
     return _configured(lambda: kind.from_dict(data), folder / "config.json")  # type: ignore[attr-defined]
 
 

@@ -18,12 +18,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short  # what is in a file may be long
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.bundle import read_json
+from model.bundle import LARGEST_NUMBER, MOST_LAYERS, read_json
 from model.config import MMDiTConfig
 from model.keys import Shape, mmdit_rules
 from model.mmdit import MMDiT
@@ -110,8 +111,7 @@ class Difference:
 
     def __init__(self, file: WeightFile, config: MMDiTConfig) -> None:
         self.file = file
-        with torch.device("meta"):
-            ours = {name: tuple(tensor.shape) for name, tensor in MMDiT(config).state_dict().items()}
+        ours = _shapes(config)
         self._rules = {rule.name: rule for rule in mmdit_rules(config)}
         self._shapes = {
             key: rule.source_shape(ours[name]) for name, rule in self._rules.items() for key in rule.sources
@@ -192,8 +192,8 @@ class _Alphas:
             alpha = float(_read(entry, torch.device("cpu")))
         if alpha is None:
             return 1.0
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise CheckpointError(f"{self.path}: the alpha of {PREFIX}{module} is {alpha!r}, expected a finite number")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST_NUMBER:
+            raise CheckpointError(f"{self.path}: the alpha of {PREFIX}{module} is {short(alpha)}, expected a number")
         return alpha / math.sqrt(rank) if self.root else alpha / rank
 
 
@@ -202,8 +202,19 @@ def _settings(file: WeightFile) -> dict[str, Any]:
     try:
         told = json.loads(file.metadata.get(METADATA, "{}"))
         return {name.removeprefix(PREFIX): value for name, value in told.items() if name.startswith(PREFIX)}
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file.path}: its {METADATA} is broken") from error
+
+
+def _shapes(config: MMDiTConfig) -> dict[str, Shape]:
+    """Of each tensor of an MMDiT. CheckpointError: there can be no such net."""
+    if config.depth > MOST_LAYERS:
+        raise CheckpointError(f"the base's MMDiT has {config.depth} layers, expected at most {MOST_LAYERS}")
+    try:
+        with torch.device("meta"):
+            return {name: tuple(tensor.shape) for name, tensor in MMDiT(config).state_dict().items()}
+    except (RuntimeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"the base's MMDiT cannot be built: {error}") from error
 
 
 def _by_module(file: WeightFile, patterns: Mapping[str, Any]) -> dict[str, dict[str, Entry]]:

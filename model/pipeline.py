@@ -233,8 +233,8 @@ def _once_for(owner: object, make: Callable[[], T]) -> T:
 def _fixed_kernels(wanted: bool) -> Iterator[None]:
     """Convolutions by kernels that the shapes alone decide, and that add in a fixed order, if so wanted.
 
-    Nothing else here needs it: on one stream, forward passes of matrix products, attention and norms are repeatable
-    on one kind of GPU, and no other kernel is chosen by timing. The switches are global; one thread owns the GPU.
+    Nothing else here needs it: forward passes of matrix products, attention and norms are repeatable on one kind of
+    GPU, and no other kernel is chosen by timing. The switches are global; one thread owns the GPU.
     """
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark

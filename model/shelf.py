@@ -12,11 +12,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from model.bundle import TOKENIZERS
-from model.text import TextEncoders
+from model.text import TextEncoders, numbers_of
 from model.weights import Weights
-
-WORDS = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"})
-"""What a config of transformers says that no number of the net depends on."""
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -60,9 +57,7 @@ class Shelf:
 def _numbers(net: nn.Module) -> object:
     """What of its config a net depends on."""
     config: Any = net.config
-    if not isinstance(config, PreTrainedConfig):
-        return config
-    return {name: value for name, value in config.to_diff_dict().items() if name not in WORDS}
+    return numbers_of(config) if isinstance(config, PreTrainedConfig) else config
 
 
 def _files(folder: Path) -> dict[str, bytes]:

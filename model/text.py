@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import CLIPTextModelWithProjection, PreTrainedConfig, PreTrainedTokenizerBase, T5EncoderModel
 
 from model.embeddings import EmbeddingCache, Text
 
@@ -20,6 +23,9 @@ CLIP_LENGTH = 77
 
 T5_LENGTH = 256
 """Tokens of T5 by default. Pads are attended, so another length gives another picture."""
+
+WORDS = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"})
+"""What a config of transformers says that no number of the net depends on."""
 
 MAX_QUOTED = 120
 """Characters of a cut prompt that a warning repeats."""
@@ -50,6 +56,17 @@ class Tokenizer:
         unread = prompt[encoded["offset_mapping"][kept][0] :] if self.tokenizer.is_fast else ""
         return Tokens([*ids[:kept], self.eos_id], len(ids) - length, unread)
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """All that the ids of a prompt depend on."""
+        tokenizer: Any = self.tokenizer
+        kind = {"kind": type(tokenizer).__name__, "end": self.eos_id, "pad": self.pad_id}
+        if not tokenizer.is_fast:
+            return kind | {"vocabulary": tokenizer.get_vocab()}
+        said = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Truncation and padding are as the last prompt had them.
+        return kind | {name: part for name, part in said.items() if name not in ("truncation", "padding")}
+
 
 class TextEncoders:
     """The three encoders. T5 may be absent: its part of the context is then zeros."""
@@ -78,6 +95,14 @@ class TextEncoders:
         if t5 is not None and t5_tokenizer is None:
             raise ValueError("T5 needs a tokenizer")
         self.t5_tokenizer = Tokenizer(t5_tokenizer, _eos(t5_tokenizer), 0) if t5_tokenizer is not None else None
+
+    @cached_property
+    def digest(self) -> str:
+        """Twelve hex digits of how prompts are read, beside the weights: by which tokenizers and configs."""
+        nets = [net for net in (self.clip_l, self.clip_g, self.t5) if net is not None]
+        readers = [reader for reader in (self.clip_l_tokenizer, self.clip_g_tokenizer, self.t5_tokenizer) if reader]
+        said = [numbers_of(net.config) for net in nets], [reader.described for reader in readers]
+        return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     @property
     def device(self) -> torch.device:
@@ -147,6 +172,11 @@ class TextEncoders:
         return [
             Text(context[i].to(to, copy=True), pooled[i].to(to, copy=True), told) for i, told in enumerate(warnings)
         ]
+
+
+def numbers_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """What of its config a net's results depend on."""
+    return {name: value for name, value in config.to_diff_dict().items() if name not in WORDS}
 
 
 def _clip(encoder: CLIPTextModelWithProjection, ids: Tensor) -> tuple[Tensor, Tensor]:

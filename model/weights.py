@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,7 @@ LEFT_OUT = ("scale_input", "input_scale", "comfy_quant")  # hints for fp8 arithm
 MARKER = "scaled_fp8"
 NUMBER_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 FLOATS = tuple(NUMBER_BYTES)
+MOST_SIDES = 64  # of a tensor, as many as NumPy has: a product of any number of sides could take any time
 SAMPLES, SAMPLE_BYTES = 64, 4096
 CHUNK_BYTES = 2**22
 
@@ -37,7 +38,7 @@ class WeightFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.header, self._start = _header(path)
-        self.metadata: dict[str, str] = self.header.pop("__metadata__", None) or {}
+        self.metadata = _metadata(path, self.header.pop("__metadata__", None))
         self.quantized = _quantized_layers(path, self.metadata)
         self._handles: dict[str, Any] = {}
 
@@ -52,12 +53,8 @@ class WeightFile:
             raise CheckpointError(f"{self.path}: tensor {key} cannot be read: {error}") from error
 
     def span(self, key: str) -> tuple[int, int]:
-        """Where in the file a tensor's bytes begin and end. CheckpointError: they are no tensor of its shape."""
-        about = self.header[key]
-        start, end = about["data_offsets"]
-        size = NUMBER_BYTES.get(about["dtype"], 0) * math.prod(about["shape"])
-        if start < 0 or end - start != size:
-            raise CheckpointError(f"{self.path}: tensor {key} cannot be read: {end - start} bytes, expected {size}")
+        """Where in the file a tensor's bytes begin and end."""
+        start, end = self.header[key]["data_offsets"]
         return self._start + start, self._start + end
 
     def close(self) -> None:
@@ -66,15 +63,15 @@ class WeightFile:
 
     def same_bytes(self, key: str, other: WeightFile, its_key: str) -> bool:
         """Whether a tensor is the same as one of another file, of the same dtype and shape, byte for byte."""
-        (start, end), (its_start, its_end) = (f.header[k]["data_offsets"] for f, k in ((self, key), (other, its_key)))
+        (start, end), (its_start, its_end) = self.span(key), other.span(its_key)
         try:
             if start == its_start and self.path.samefile(other.path):
                 return True
             if end - start != its_end - its_start:
                 return False
             with self.path.open("rb", buffering=0) as ours, other.path.open("rb", buffering=0) as theirs:
-                ours.seek(self._start + start)
-                theirs.seek(other._start + its_start)
+                ours.seek(start)
+                theirs.seek(its_start)
                 return all(
                     ours.read(size) == theirs.read(size)
                     for size in (min(CHUNK_BYTES, end - at) for at in range(start, end, CHUNK_BYTES))
@@ -95,7 +92,7 @@ class WeightFile:
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file whose size agrees with it, and where its data starts."""
+    """The header of a safetensors file whose tensors and size agree with it, and where its data starts."""
     if path.suffix in PICKLES:
         raise CheckpointError(f"{path} is a pickle, which can run code when loaded: only safetensors files are read")
     try:
@@ -108,22 +105,49 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             if size < 8 or not 2 <= length <= min(HEADER_LIMIT, size - 8):
                 raise CheckpointError(f"{path} is not a safetensors file, or it is cut short: {size} bytes")
             header = json.loads(file.read(length))
-            ends = [_end(entry) for name, entry in header.items() if name != "__metadata__"]
-            needed = 8 + length + max(ends, default=0)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: its header is broken") from error
+    if not isinstance(header, dict):
+        held = type(header).__name__
+        raise CheckpointError(f"{path} is not a safetensors file: its header is a {held}, expected an object")
+    ends = [_end(path, name, entry) for name, entry in header.items() if name != "__metadata__"]
+    needed = 8 + length + max(ends, default=0)
     if size != needed:
         raise CheckpointError(f"{path} is truncated or corrupt: {size} bytes, expected {needed}")
     return header, 8 + length
 
 
-def _end(entry: dict[str, Any]) -> int:
-    """Where a tensor's data ends, of a header entry with all that is read from it later."""
-    if not (isinstance(entry["dtype"], str) and all(type(side) is int for side in entry["shape"])):
-        raise TypeError(entry)
-    return int(entry["data_offsets"][1])
+def _end(path: Path, name: str, entry: Any) -> int:
+    """Where a tensor's data ends, of a header entry in which all that is read from it later is right."""
+    about: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (about.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not (
+        isinstance(dtype, str)
+        and (_are_counts(shape) and len(shape) <= MOST_SIDES)
+        and (_are_counts(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1])
+    ):
+        raise CheckpointError(f"{path} is not a safetensors file: its header is broken at tensor {name}")
+    start, end = offsets
+    if dtype in NUMBER_BYTES and end - start != (size := NUMBER_BYTES[dtype] * math.prod(shape)):
+        said = f"{end - start} bytes, expected {size} for {dtype} of shape {tuple(shape)}"
+        raise CheckpointError(f"{path}: tensor {name} cannot be read: {said}")
+    return end
+
+
+def _are_counts(value: Any) -> TypeGuard[list[int]]:
+    """Whether it is a list of whole numbers of at most 63 bits, none negative."""
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _metadata(path: Path, told: Any) -> dict[str, str]:
+    """What the header says of the file."""
+    if told is None:
+        return {}
+    if not isinstance(told, dict) or not all(isinstance(value, str) for value in told.values()):
+        raise CheckpointError(f"{path}: __metadata__ of its header is broken, expected an object of texts")
+    return told
 
 
 def _quantized_layers(path: Path, metadata: Mapping[str, str]) -> frozenset[str]:
@@ -131,7 +155,7 @@ def _quantized_layers(path: Path, metadata: Mapping[str, str]) -> frozenset[str]
     try:
         layers = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
         formats = {layer: str(about.get("format")) for layer, about in layers.items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its _quantization_metadata is broken") from error
     for layer, kind in formats.items():
         if not kind.startswith("float8_"):
@@ -236,7 +260,9 @@ class Weights:
         fp8 = entry.dtype.startswith("F8_") and len(entry.shape) > 1
         listed = name in self.must_scale or entry.key.removesuffix(".weight") in entry.file.quantized
         if name in self.scales:
-            shape = self.scales[name].shape
+            shape, kind = self.scales[name].shape, self.scales[name].dtype
+            if kind not in FLOATS:
+                raise CheckpointError(f"{where} has a scale of {kind}, expected one of {', '.join(FLOATS)}")
             if shape not in ((), (1,), entry.shape[:1], (entry.shape[0], 1)):
                 raise CheckpointError(f"{where} has a scale of shape {shape}, expected one number, or one a row")
         elif fp8 and (self.marked or listed):

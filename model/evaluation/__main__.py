@@ -25,6 +25,7 @@ from model.evaluation.rendering import Batches, Processes, Renderer
 from model.evaluation.sheet import evaluation_sheet
 from model.evaluation.subject import DTYPES, Subject, load_subject
 from model.evaluation.table import Header, Record, recorded, table, to_json, versus
+from model.fp8 import has_fp8
 from model.training.loop import device_name
 from model.training.scenes import DATA_VERSION
 from model.weights import CheckpointError
@@ -104,6 +105,8 @@ def _on(text: str) -> torch.device:
 
 def _plan(options: argparse.Namespace) -> Plan:
     plan = FULL if options.full or options.device.type != "cpu" else SAMPLE
+    if not has_fp8(options.device):
+        plan = replace(plan, dtypes=tuple(name for name in plan.dtypes if name != "fp8"))
     if options.prompts:
         plan = plan.limited(options.prompts)
     return replace(plan, minutes=options.minutes) if options.minutes else plan
@@ -125,6 +128,8 @@ def _evaluate(
 ) -> tuple[str, Evaluation]:
     """Evaluates one model, prints and writes what was found; returns its name and that."""
     dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    if dtype == "fp8" and not has_fp8(device):
+        raise ValueError(f"{device_name(device)} does not multiply fp8 matrices: --dtype bf16 or fp32")
     record = _record(path)
     subject = load_subject(path, device, dtype)
     plan = _plan(options)

@@ -24,7 +24,7 @@ from model.evaluation.prompts import (
 )
 from model.evaluation.rendering import Renderer
 from model.evaluation.scores import Count, Marks, count, distances, judge
-from model.evaluation.subject import DTYPES, Card
+from model.evaluation.subject import Card
 from model.params import GenerationParams
 from model.training.drawing import draw, pack
 
@@ -130,7 +130,7 @@ class Evaluator:
                 found.removal = self._removal(renderer, known)
         finally:
             renderer.close()
-        for other in [name for name in DTYPES if self.plan.all_dtypes and name != dtype]:
+        for other in [name for name in self.plan.dtypes if name != dtype]:
             renderer = self.renderers(other)
             try:
                 self._setting(found, settings[0], other, renderer)
@@ -144,7 +144,7 @@ class Evaluator:
         for setting in settings:
             number = plan.prompts if setting.name == BASE else plan.others
             self.budget.planned += sum(work(params) for params in setting.params(self.requests[:number], self.card))
-        pictures = SEEDS + ((len(DTYPES) - 1) * plan.others if plan.all_dtypes else 0)
+        pictures = SEEDS + max(0, len(plan.dtypes) - 1) * plan.others
         if self.card.guided:
             pictures += 2 * plan.pairs if known else plan.pairs + min(plan.tries, 13 * plan.pairs)
         self.budget.planned += usual * pictures

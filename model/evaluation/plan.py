@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from model.evaluation.prompts import Request
-from model.evaluation.subject import Card
+from model.evaluation.subject import DTYPES, Card
 from model.params import SIDE_MULTIPLE, GenerationParams
 
 BASE = "default"
@@ -23,7 +23,7 @@ class Plan:
     others: int = 200  # at each other size, without guidance and in the other precision
     pairs: int = 100  # for the negative prompt
     tries: int = 3000  # pictures among which the pairs are looked for
-    all_dtypes: bool = True
+    dtypes: tuple[str, ...] = tuple(DTYPES)  # in which the default size is made once more
     minutes: float | None = None
 
     def limited(self, prompts: int) -> Plan:
@@ -33,7 +33,7 @@ class Plan:
 
 
 FULL = Plan()
-SAMPLE = Plan(prompts=40, others=8, pairs=8, tries=120, all_dtypes=False, minutes=11.5)
+SAMPLE = Plan(prompts=40, others=8, pairs=8, tries=120, dtypes=(), minutes=11.5)
 """Two CPU cores make it in twelve minutes."""
 
 

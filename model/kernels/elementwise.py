@@ -81,7 +81,7 @@ def norm_heads(qkv: Tensor, weights: Tensor | None, image: int) -> Tensor:
     """
     if weights is None:
         return qkv
-    if fused(qkv):
+    if fused(qkv) and _tiled(qkv):
         from model.kernels import triton_kernels
 
         return triton_kernels.norm_heads(qkv, weights, image)
@@ -98,11 +98,16 @@ def joined_heads(image: Tensor, text: Tensor | None, weights: Tensor | None) -> 
     image, text : shape = (batch, tokens, 3, heads, head_dim), contiguous
     returns : shape = (batch, image and text tokens, 3, heads, head_dim)
     """
-    if fused(image):
+    if fused(image) and _tiled(image):
         from model.kernels import triton_kernels
 
         return triton_kernels.joined_heads(image, text, weights)
     return norm_heads(torch.cat([image] if text is None else [image, text], dim=1), weights, image.shape[1])
+
+
+def _tiled(qkv: Tensor) -> bool:
+    """Whether a head is as wide as a tile of Triton's may be: a power of two, as the published models' 64."""
+    return qkv.shape[-1].bit_count() == 1
 
 
 def quantized(x: Tensor) -> Rows:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from model.bundle import shift_from
 from model.checkpoint import export_diffusers
+from model.layouts import find
 from model.sampling import Shift
 from model.training.demo import T5_LENGTH
 from model.training.loop import read_record
@@ -92,4 +92,4 @@ def _shift(record: dict[str, Any]) -> Shift:
     """The sampler's timestep shift: that of the bundle that was trained further, or the demo's."""
     if not record.get("start"):
         return SHIFT
-    return shift_from(Path(record["start"]) / "scheduler" / "scheduler_config.json")
+    return find(Path(record["start"])).shift

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from transformers import AutoTokenizer
 from model.bundle import TOKENIZERS
 from model.checkpoint import load_components
 from model.config import MMDiTConfig
+from model.lowrank import card_at
 from model.mmdit import MMDiT
 from model.text import T5_LENGTH as FULL_T5_LENGTH
 from model.training.demo import DEMO_MMDIT, T5_LENGTH, Reader, TextTower, new_mmdit, new_tower
@@ -58,9 +58,7 @@ def bundle_net(folder: Path) -> FlowNet:
     parts = load_components(folder, "cpu", torch.float32)
     if parts.text.t5 is None:
         raise ValueError(f"{folder} has no T5 encoder; training needs all three")
-    card = folder / "darkroom.json"
-    told = json.loads(card.read_text("utf-8")) if card.is_file() else {}
-    net = FlowNet(parts.mmdit, TextTower.of(parts.text), told.get("t5_length", FULL_T5_LENGTH))
+    net = FlowNet(parts.mmdit, TextTower.of(parts.text), card_at(folder).get("t5_length", FULL_T5_LENGTH))
     net.train().requires_grad_(True)
     net.tower.clip_l.text_projection.requires_grad_(False)
     return net
@@ -114,5 +112,8 @@ def saved_tokenizers(folder: Path) -> Tokenizers | None:
     """Those of a run, if it has any of its own."""
     if not (folder / TOKENIZERS[0]).is_dir():
         return None
-    clip_l, clip_g, t5 = (AutoTokenizer.from_pretrained(folder / name, local_files_only=True) for name in TOKENIZERS)
+    clip_l, clip_g, t5 = (
+        AutoTokenizer.from_pretrained(folder / name, local_files_only=True, trust_remote_code=False)
+        for name in TOKENIZERS
+    )
     return clip_l, clip_g, t5

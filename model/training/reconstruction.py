@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.checkpoint import load_components
 from model.config import VAEConfig
+from model.lowrank import variant_at
 from model.training import team
 from model.training.compiling import load_compiled, save_compiled
 from model.training.demo import DEMO_VAE
@@ -105,8 +106,8 @@ def restore(vae: VAE, average: Average, folder: Path) -> None:
 
 
 def load_vae(folder: Path, device: torch.device) -> VAE:
-    """The averaged VAE of a run with its scale and shift, or that of a bundle in the diffusers layout."""
-    if (folder / "model_index.json").is_file():
+    """The averaged VAE of a run with its scale and shift, or that of a bundle or of a variant of one."""
+    if (folder / "model_index.json").is_file() or variant_at(folder):
         return load_components(folder, device, torch.float32).vae
     config = read_record(folder)["config"]
     vae = VAE(VAEConfig(**{**config, "channels": tuple(config["channels"])}))

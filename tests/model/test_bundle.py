@@ -1,8 +1,10 @@
-"""Exporting: diffusers reads what we write, and so do we."""
+"""Exporting: diffusers reads what we write, and so do we. Config files that nobody should have written are refused."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
-from model.checkpoint import Components, export_diffusers, load_components
+from model import bundle
+from model.bundle import mmdit_config_from, mmdit_json, read_json, shift_from, vae_config_from, vae_json
+from model.checkpoint import CheckpointError, Components, export_diffusers, load_components
+from model.config import VARIANTS, VAEConfig
 from model.sampling import Growth, Shift
 from tests.model.tiny import assert_same_weights, nets
 
@@ -94,3 +99,78 @@ def test_export_leaves_a_folder_with_files_alone(components: Components, tmp_pat
     with pytest.raises(FileExistsError, match="not empty"):
         export_diffusers(tmp_path, components.mmdit, components.vae, components.text)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+# Wrong files
+
+
+@pytest.mark.parametrize("text", ['{"a":' * 100_000, "[" * 100_000], ids=["objects", "lists"])
+def test_deeply_nested_json_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="is not JSON: maximum recursion depth exceeded"):
+        read_json(tmp_path / "config.json")
+
+
+def test_endless_json_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "JSON_LIMIT", 10)
+    (tmp_path / "config.json").write_text('{"a": 123}')
+    assert read_json(tmp_path / "config.json") == {"a": 123}
+    (tmp_path / "config.json").write_text('{"a": 1234}')
+    with pytest.raises(CheckpointError, match="is too long, expected at most 10 bytes"):
+        read_json(tmp_path / "config.json")
+
+
+HUGE = 10**400
+LAYERS = "a whole number from 0 to 256"
+
+RIGHT_CONFIGS: dict[Callable[[Path], object], dict[str, object]] = {
+    mmdit_config_from: mmdit_json(VARIANTS["large"].mmdit),
+    vae_config_from: vae_json(VAEConfig()),
+    shift_from: {},
+}
+WRONG_CONFIGS: dict[str, tuple[Callable[[Path], object], dict[str, object], str]] = {
+    "too many layers": (mmdit_config_from, {"num_layers": 257}, f"num_layers is 257, expected {LAYERS}"),
+    "too many of both attentions": (
+        mmdit_config_from,
+        {"dual_attention_layers": [0] * 257},
+        "dual_attention_layers is .0, 0, .*, expected a list of at most 256 whole numbers",
+    ),
+    "huge width": (
+        mmdit_config_from,
+        {"joint_attention_dim": HUGE},
+        "joint_attention_dim is 1000*.*0, expected a whole",
+    ),
+    "no heads": (
+        mmdit_config_from,
+        {"num_attention_heads": 0, "caption_projection_dim": 0},
+        "no such network can be built: integer .*by zero",
+    ),
+    "too many blocks": (vae_config_from, {"layers_per_block": 257}, f"layers_per_block is 257, expected {LAYERS}"),
+    "no scale": (vae_config_from, {"scaling_factor": 0}, "scaling_factor is 0, expected more than 0"),
+    "endless scale": (vae_config_from, {"scaling_factor": math.inf}, "scaling_factor is inf, expected a number"),
+    "shift that is no number": (vae_config_from, {"shift_factor": math.nan}, "shift_factor is nan, expected a number"),
+    "huge shift": (vae_config_from, {"shift_factor": -HUGE}, "shift_factor is -1000*.*0, expected .* -1e.09 to 1e.09"),
+    "endless shift of times": (shift_from, {"shift": math.inf}, "shift is inf, expected a number"),
+    "huge shift of times": (shift_from, {"shift": HUGE}, "shift is 1000*.*0, expected a number from 0"),
+    "large shift of times": (shift_from, {"shift": 3e4}, "shift is 30000, expected from 4.5e-05 to 2.2e.04"),
+    "small shift of times": (shift_from, {"shift": 3e-5}, "shift is 3e-05, expected from 4.5e-05 to 2.2e.04"),
+    "no shift of times": (shift_from, {"shift": 0}, "shift is 0, expected from 4.5e-05"),
+    "end that is no number": (shift_from, {"shift_terminal": math.nan}, "shift_terminal is nan, expected a number"),
+    "growth that is no number": (
+        shift_from,
+        {"use_dynamic_shifting": True, "base_shift": math.nan},
+        "base_shift is nan, expected a number",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_CONFIGS)
+def test_number_that_no_model_has_is_refused(tmp_path: Path, case: str) -> None:
+    read, changes, message = WRONG_CONFIGS[case]
+    right = RIGHT_CONFIGS[read]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(right))
+    read(path)
+    path.write_text(json.dumps(right | changes))
+    with pytest.raises(CheckpointError, match=message):
+        read(path)

@@ -172,6 +172,39 @@ def test_tokenizers_are_read_from_a_folder_given(components: Components, main: P
     assert_same_weights(load(main, tokenizers=diffusers_folder), components)
 
 
+def test_tokenizers_beside_the_weights_come_before_those_of_a_folder_given(
+    components: Components, diffusers_folder: Path, tmp_path: Path
+) -> None:
+    assert_same_weights(load(diffusers_folder, tokenizers=tmp_path / "none"), components)
+
+
+def edited_vocabulary(tokenizer: Path, edit: Callable[[dict[str, int]], object]) -> None:
+    file = tokenizer / "tokenizer.json"
+    data = json.loads(file.read_text())
+    edit(data["model"]["vocab"])
+    file.write_text(json.dumps(data))
+
+
+def test_a_digest_of_the_texts_tells_tokenizers_and_configs_apart(components: Components, folder: Path) -> None:
+    assert load(folder).text.digest == components.text.digest
+
+    def swap(vocabulary: dict[str, int]) -> None:
+        first, second = list(vocabulary)[:2]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+
+    edited_vocabulary(folder / "tokenizer", swap)
+    swapped = load(folder).text.digest
+    edited_json(folder / "text_encoder_2/config.json", hidden_act="quick_gelu")
+    assert len({components.text.digest, swapped, load(folder).text.digest}) == 3
+
+
+def test_a_digest_of_the_texts_does_not_change_with_what_was_read(components: Components) -> None:
+    before = components.text.digest
+    del components.text.digest
+    components.text.encode(["a cat"], 32)
+    assert components.text.digest == before
+
+
 # What a loaded model is
 
 
@@ -347,6 +380,14 @@ def with_fp8_but_no_scale(state: State) -> None:
     state[DIFFUSION + "scaled_fp8"] = torch.zeros(2, dtype=FP8)
 
 
+def with_blocks(count: int) -> Callable[[State], None]:
+    def edit(state: State) -> None:
+        name = DIFFUSION + "joint_blocks.{}.x_block.attn.qkv.weight"
+        state.update({name.format(i): torch.zeros(1) for i in range(count)})
+
+    return edit
+
+
 def with_bad_scale(scale: Tensor) -> Callable[[State], None]:
     def edit(state: State) -> None:
         state[DIFFUSION + "context_embedder.scale_weight"] = scale
@@ -407,7 +448,32 @@ WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "config of a list": (lambda f: (f / "vae/config.json").write_text("[]"), "holds a list, expected an object"),
     "number that is none": (
         lambda f: edited_json(f / "transformer/config.json", num_layers="4"),
-        "transformer/config.json: num_layers is '4', expected a number",
+        "transformer/config.json: num_layers is '4', expected a whole number from 0 to 256",
+    ),
+    "more layers than any CLIP has": (
+        lambda f: edited_json(f / "text_encoder_2/config.json", num_hidden_layers=257),
+        "the layers of the CLIP-G: found 257, expected from 1 to 256",
+    ),
+    "more layers than any T5 has": (
+        lambda f: edited_json(f / "text_encoder_3/config.json", num_layers=257),
+        "the layers of the T5: found 257, expected from 1 to 256",
+    ),
+    "no layers": (
+        lambda f: edited_json(f / "transformer/config.json", num_layers=0, dual_attention_layers=[]),
+        "the layers of the MMDiT: found 0, expected from 1 to 256",
+    ),
+    "patches of another size": (
+        lambda f: edited_json(f / "transformer/config.json", patch_size=4),
+        "the MMDiT's patch size: found 4, expected 2",
+    ),
+    "VAE of three levels": (
+        lambda f: edited_json(
+            f / "vae/config.json",
+            block_out_channels=[32, 32, 64],
+            down_block_types=["DownEncoderBlock2D"] * 3,
+            up_block_types=["UpDecoderBlock2D"] * 3,
+        ),
+        "the VAE's levels: found 3, expected 4",
     ),
     "missing config": (
         lambda f: (f / "text_encoder_3/config.json").unlink(),
@@ -446,6 +512,10 @@ WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         "CLIP-L and CLIP-G together: found 192, expected 2048",
     ),
     "missing tokenizer": (lambda f: shutil.rmtree(f / "tokenizer_2"), "tokenizer_2 is missing"),
+    "tokens that the encoder has not": (
+        lambda f: edited_vocabulary(f / "tokenizer_2", lambda known: known.update(dog=40_000)),
+        "tokenizer_2: the largest token id is 40000, expected less than",
+    ),
     "broken tokenizer": (lambda f: (f / "tokenizer/tokenizer.json").write_text("{"), "tokenizer is not a tokenizer"),
 }
 
@@ -504,6 +574,14 @@ WRONG_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda m: edited(m, lambda s: s.update({"first_stage_model.decoder.conv_out.bias": torch.zeros(4)})),
         r"tensor first_stage_model.decoder.conv_out.bias has shape \(4,\), expected \(3,\)",
     ),
+    "more blocks than any MMDiT has": (
+        lambda m: edited(m, with_blocks(257)),
+        "the layers of the MMDiT: found 257, expected from 1 to 256",
+    ),
+    "patches of another size": (
+        lambda m: edited(m, lambda s: s.update({DIFFUSION + "x_embedder.proj.weight": torch.zeros(128, 16, 4, 4)})),
+        "the MMDiT's patch size: found 4, expected 2",
+    ),
     "no MMDiT": (
         lambda m: edited(m, lambda s: [s.pop(key) for key in list(s) if key.startswith(DIFFUSION)]),
         "holds no MMDiT: tensor x_embedder.proj.weight is missing",
@@ -533,6 +611,10 @@ WRONG_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "scale that is not finite": (
         lambda m: edited(m, with_bad_scale(torch.tensor(torch.nan))),
         "scale model.diffusion_model.context_embedder.scale_weight is not finite and positive",
+    ),
+    "scale of whole numbers": (
+        lambda m: edited(m, with_bad_scale(torch.ones((), dtype=torch.int8))),
+        "context_embedder.weight has a scale of I8, expected one of F64",
     ),
     "scale of a wrong shape": (
         lambda m: edited(m, with_bad_scale(torch.ones(5))),

@@ -231,7 +231,7 @@ def test_a_plan_makes_every_size_without_guidance_and_in_all_precisions() -> Non
 
 def test_pairs_that_show_red_are_made_again_without_it() -> None:
     painter = Painter()
-    plan = Plan(prompts=1, others=1, pairs=3, tries=60, all_dtypes=False)
+    plan = Plan(prompts=1, others=1, pairs=3, tries=60, dtypes=())
     found = Evaluator(SMALL, 64, lambda _: painter, RedEyed(64).eval(), plan, lambda _: None).run("fp32")
     assert found.removal is not None
     assert len(found.removal.pairs) == 3
@@ -243,7 +243,7 @@ def test_pairs_that_show_red_are_made_again_without_it() -> None:
 
 def test_known_pairs_are_not_looked_for() -> None:
     painter = Painter()
-    plan = Plan(prompts=1, others=1, pairs=2, tries=60, all_dtypes=False)
+    plan = Plan(prompts=1, others=1, pairs=2, tries=60, dtypes=())
     known = [OpenRequest("a star on a white background", "star", seed) for seed in (5, 6, 7)]
     found = Evaluator(SMALL, 64, lambda _: painter, RedEyed(64).eval(), plan, lambda _: None).run("fp32", known)
     assert found.removal is not None
@@ -253,7 +253,7 @@ def test_known_pairs_are_not_looked_for() -> None:
 
 def test_fewer_than_the_known_pairs_are_taken_from_all_over_them() -> None:
     painter = Painter()
-    plan = Plan(prompts=1, others=1, pairs=2, tries=60, all_dtypes=False)
+    plan = Plan(prompts=1, others=1, pairs=2, tries=60, dtypes=())
     known = [OpenRequest("a star on a white background", "star", seed) for seed in range(6)]
     found = Evaluator(SMALL, 64, lambda _: painter, RedEyed(64).eval(), plan, lambda _: None).run("fp32", known)
     assert found.removal is not None
@@ -262,7 +262,7 @@ def test_fewer_than_the_known_pairs_are_taken_from_all_over_them() -> None:
 
 
 def test_sizes_beyond_the_models_reach_are_left_out() -> None:
-    plan = Plan(prompts=1, others=1, pairs=0, all_dtypes=False)
+    plan = Plan(prompts=1, others=1, pairs=0, dtypes=())
     found = Evaluator(SMALL, 96, lambda _: Painter(), RedEyed(64).eval(), plan, lambda _: None).run("fp32")
     assert [result.setting for result in found.results] == ["default", "96x64", "64x96", "guidance 1"]
 

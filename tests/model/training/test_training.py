@@ -34,7 +34,7 @@ from model.training.feed import Captioned, Feed
 from model.training.fidelity import high_frequencies
 from model.training.flow import Dropout, FlowTraining, Run, first_net, sample_sigma
 from model.training.loop import Average, Clock, Leg, learning_rate, load_shards, read_record, save_shards
-from model.training.net import FlowNet, load_net, new_net, restore
+from model.training.net import FlowNet, bundle_net, load_net, new_net, restore
 from model.training.pictures import Folder
 from model.training.plan import Phase, Size, demo_plan, phase_at, plan_of, within
 from model.training.reconstruction import VAETraining, Weights, load_vae, train_vae, vae_loss
@@ -423,6 +423,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 TOY = ("--no-compile", "--processes", "0", "--sizes", "64x64", "--tokens", "400", "--no-samples")
 TINY_NET = ("--depth", "1", "--hidden", "64", "--heads", "1", "--dual", "0")
+
+
+def test_a_variant_can_be_trained_further_as_its_base_can() -> None:
+    demo, turbo = (Path("model/bundles") / name for name in ("demo", "demo-turbo"))
+    assert bundle_net(turbo).t5_length == bundle_net(demo).t5_length == 64
+    assert load_vae(turbo, CPU).config == load_vae(demo, CPU).config
 
 
 def picture_of(bundle: Path) -> torch.Tensor:
