@@ -9,7 +9,11 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from app.refusals import Refusal, native
 
 HEADERS_S = 10.0
-"""From the beginning of a connection, or the last answer on it, to the end of a request's headers."""
+"""From the beginning of a connection, or of a further request on it, to the end of the request's headers."""
+
+IDLE_S = 75
+"""From the last answer on a connection to its end: longer than proxies keep theirs (60 s), for what comes as we
+close one is lost."""
 
 MAX_HEADER_BYTES = 65_536
 """Of a request's first line and headers; up to twice that where they come together with the end of another request."""
@@ -32,6 +36,8 @@ class PunctualProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Passes on what comes, in pieces that end where headers become too large; nothing after that."""
+        if data and not self._late and (not self.cycle or self.cycle.response_complete):
+            self._await_headers()
         while data and not self.transport.is_closing():
             if self._pending >= MAX_HEADER_BYTES:
                 return self._discard(data)
@@ -59,10 +65,10 @@ class PunctualProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """The next headers are waited for, unless a request came before its turn, or refused if they came already."""
+        """The next headers, if they have begun, are waited for, or refused; a request that came early has its own."""
         in_line = bool(self.pipeline)
         super().on_response_complete()
-        if in_line:
+        if in_line or not self._pending:
             return
         self._await_headers()
         if self._pending >= MAX_HEADER_BYTES:
@@ -80,6 +86,7 @@ class PunctualProtocol(HttpToolsProtocol):
     def _unawait(self) -> None:
         if self._late:
             self._late.cancel()
+        self._late = None
 
     def _refuse(self) -> None:
         """Answers 431, unless an earlier request is to be answered first; the client closes then, or its time is up."""

@@ -58,6 +58,7 @@ class EmbeddedValkey:
                 "redis-server, or set DARKROOM_REDIS_URL"
             )
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.chmod(0o700)  # prompts and secrets are in its files, which the server lets everybody read
         lock = _take_lock(self._folder, lock_wait_s)
         try:
             self._start(binary, lock, time.monotonic() + timeout_s)

@@ -20,7 +20,7 @@ from structlog.typing import FilteringBoundLogger
 
 from app import refusals
 from app.auth import KEY_SCHEME, Doorkeeper
-from app.connection import PunctualProtocol
+from app.connection import IDLE_S, PunctualProtocol
 from app.deps import Gateway
 from app.dialects import deepinfra, huggingface, openai, replicate, stability
 from app.limits import Catalog
@@ -159,6 +159,7 @@ def serve(settings: GatewaySettings) -> None:
         access_log=False,
         server_header=False,
         ws="none",
+        timeout_keep_alive=IDLE_S,
         timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
         forwarded_allow_ips=settings.trusted_proxies,
     )

@@ -94,6 +94,17 @@ async def test_headers_that_do_not_come_after_an_answer_close_the_connection() -
         assert (await closed(reader)).count(b"HTTP/1.1 200") == 1
 
 
+async def test_a_connection_that_has_served_may_be_idle_for_longer_than_headers_may_take() -> None:
+    async with connected() as (reader, writer):
+        for _ in range(2):
+            writer.write(GET + b"\r\n")
+            async with asyncio.timeout(10):
+                assert (await reader.readuntil(b"hi")).startswith(b"HTTP/1.1 200")
+            await asyncio.sleep(2 * connection.HEADERS_S)
+        writer.write(GET)
+        assert await closed(reader) == b""
+
+
 def padded(size: int) -> bytes:
     """Headers of so many bytes."""
     rest = size - len(GET) - len(b"a: \r\n\r\n")

@@ -102,6 +102,15 @@ def test_lock_file_is_for_the_owner_alone(tmp_path: Path, embedded: EmbeddedValk
     assert stat.S_IMODE(mode) & 0o077 == 0
 
 
+def test_folder_is_for_the_owner_alone_also_where_it_was_there_before(tmp_path: Path) -> None:
+    folder = tmp_path / "valkey"
+    folder.mkdir(mode=0o755)
+    server = EmbeddedValkey(folder)
+    server.start()
+    server.stop()
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
 @pytest.mark.parametrize(("text", "version"), [("7.2.4", (7, 2, 4)), ("8.0", (8, 0)), ("255.255.255-dev", (255, 255))])
 def test_versions_are_compared_as_numbers(text: str, version: tuple[int, ...]) -> None:
     assert parse_version(text) == version
