@@ -114,7 +114,7 @@ class Delivery:
             outcome = self._fail(claim, task, error)
         finally:
             self._done(task)
-            run_s = time.time() - claim.claimed_at
+            run_s = max(0.0, time.time() - claim.claimed_at)  # Redis' clock may be ahead of ours
             self._metrics.ended(task.job, outcome, run_s)
             log.info("ended", **about(task.job), outcome=outcome, run_s=round(run_s, 3))
             if self._tracing:

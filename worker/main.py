@@ -173,8 +173,11 @@ class Worker:
             self.metrics.gpu_memory(self._gpu.index or 0, gpu_memory(self._gpu))
         if file := self.settings.worker_status:
             state: State = "draining" if self._stops else "ready" if self._published else "connecting"
-            with suppress(OSError):  # a full disk ends no job; that we say nothing is seen
+            try:
                 Status(state, len(self._running), time.monotonic()).write(file)
+            except OSError:  # a full disk ends no job: but what was said last would grow old, and we be killed for it
+                with suppress(OSError):
+                    file.unlink(missing_ok=True)
 
     def _check(self, gpu: threading.Thread) -> None:
         """A worker whose GPU thread is dead or hangs can do no more good: its supervisor starts another."""
@@ -367,16 +370,26 @@ def serve() -> int:
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, on_signal)
-    is_done = False
     try:
-        is_done = worker.serve()
+        status, is_done = serve_to_the_end(worker)
     finally:
         if traces:
             traces.close()
     if not is_done:
+        os._exit(status)  # the usual end would wait for it
+    return status
+
+
+def serve_to_the_end(worker: Worker) -> tuple[int, bool]:
+    """Serve; the exit status, and whether no thread does anything any more."""
+    try:
+        is_done = worker.serve()
+    except Exception:
+        log.exception("this process cannot go on")
+        return 1, worker.delivery.close()
+    if not is_done:
         log.warning("left before the GPU or the picture store was done: nobody waits for what it does")
-        os._exit(0)  # the usual end would wait for it
-    return 0
+    return 0, is_done
 
 
 def gpu_memory(device: torch.device) -> dict[str, int]:

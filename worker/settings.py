@@ -71,8 +71,9 @@ class WorkerSettings(ContractSettings):
     text_encoders: Literal["auto", "gpu", "cpu", "offload"] = Field(
         default="auto",
         description="where text encoders are: gpu; cpu, where a new prompt takes seconds; or offload, in the host's "
-        "memory but for the layer that runs, 0.5 s more a new prompt. auto: gpu if all models and a picture fit beside "
-        "them, else offload; `darkroom doctor --plan` tells for any card",
+        "memory but for the layer that runs, 0.5 s more a new prompt. auto: gpu if all models, whose encoders "
+        "are taken to be the same, and a picture fit beside them, else offload; `darkroom doctor --plan` tells for any "
+        "card",
     )
     t5_length: int | None = Field(
         default=None, ge=1, le=512, description="tokens of T5; absent: as the model says, or 256"

@@ -114,7 +114,7 @@ class Supervisor:
             return self._watch(intake)
         finally:
             for slot in self.slots:
-                if slot.child:
+                if slot.child and not slot.given_up:
                     slot.child.kill()
             intake.close()
             for number, handler in previous.items():
@@ -143,7 +143,8 @@ class Supervisor:
             self._bury(intake)
             if self.on_jobs:
                 self.on_jobs(self.jobs())
-            if self._signals and not any(slot.child for slot in self.slots):
+            # A process that a broken driver keeps although it was killed keeps nobody else
+            if self._signals and not any(slot.child and not slot.given_up for slot in self.slots):
                 return status
             time.sleep(POLL_S)
 
