@@ -82,11 +82,12 @@ ENV PATH=/opt/darkroom/bin:/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sb
     HOME=/var/lib/darkroom \
     DARKROOM_ENV=production \
     DARKROOM_STORE_DIR=/var/lib/darkroom/pictures
+# A volume that Docker mounts over one of these folders, new, takes its owner from it.
 RUN chmod 1777 /tmp \
     && groupadd --gid 10001 darkroom \
     && useradd --uid 10001 --gid 10001 --home-dir /var/lib/darkroom --shell /usr/sbin/nologin --no-log-init darkroom \
     && install -d -o 10001 -g 10001 /var/lib/darkroom /var/lib/darkroom/pictures \
-    && install -d -o 10001 -g 10001 -m 0750 /var/lib/darkroom/secrets
+    && install -d -o 10001 -g 10001 -m 0750 /var/lib/darkroom/credentials /var/lib/darkroom/secrets
 WORKDIR /var/lib/darkroom
 USER 10001:10001
 ENTRYPOINT ["darkroom"]
@@ -117,11 +118,11 @@ ENV DARKROOM_DEVICE=cpu
 FROM build AS hopper
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
-RUN pip install --no-cache-dir --no-deps --target /hopper -c constraints.txt fa3-fwd
+RUN pip install --no-cache-dir --no-deps --prefix /hopper -c constraints.txt fa3-fwd
 
 # PyTorch's usual build carries CUDA with it; the host brings the driver and NVIDIA's container toolkit.
 FROM worker-runtime AS worker
-COPY --from=hopper /hopper /opt/darkroom/lib/python3.11/site-packages
+COPY --from=hopper /hopper /opt/darkroom
 # Triton compiles what launches a kernel when that is first used, and keeps it where libraries may be loaded from.
 USER 0:0
 # hadolint ignore=DL3008

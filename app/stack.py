@@ -46,7 +46,7 @@ class StackSettings(GatewaySettings):
     )
     data_dir: Path = Field(default=Path(".darkroom"), description="folder of the embedded Valkey, pictures and logs")
     grace_s: float = Field(
-        default=20.0, ge=0, le=3600, description="seconds to finish jobs when told to stop; the rest are handed back"
+        default=20.0, ge=0, le=86_400, description="seconds to finish jobs when told to stop; the rest are handed back"
     )
 
     @property

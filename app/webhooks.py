@@ -64,7 +64,7 @@ class WebhookSettings(GatewaySettings):
     )
     webhooks_at_once: int = Field(default=128, ge=1, le=1024, description="messages that are being sent at one time")
     webhook_metrics_port: int = Field(default=0, ge=0, le=65_535, description="port of the sender's /metrics; 0: none")
-    grace_s: float = Field(default=20.0, ge=0, le=3600, description="seconds to finish when told to stop")
+    grace_s: float = Field(default=20.0, ge=0, le=86_400, description="seconds to finish when told to stop")
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class Compose:
     def down(self) -> None:
         """Whatever is left of it, also after a start that went wrong half-way."""
         engine, label = self.engine.name, f"label=com.docker.compose.project={self._name}"
-        for _ in range(2):  # podman removes one on which others depend only after those
+        for _ in self.services:  # podman removes one on which others depend only after those
             self.engine.remove(*self.engine("ps", "-a", "-q", "--filter", label).split())
         for kind in ("network", "volume"):
             for thing in self.engine(kind, "ls", "-q", "--filter", f"name={self._name}").split():

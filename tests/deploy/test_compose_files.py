@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from app.settings import GatewaySettings
+from app.stack import StackSettings
 from app.webhooks import WebhookSettings
+from tests.deploy.compose import merged
 from tests.deploy.engine import ROOT
 from worker.contract.cards import Limits
 from worker.settings import WorkerSettings
@@ -17,6 +22,7 @@ from worker.settings import WorkerSettings
 MAIN, S3, GPU = "docker-compose.yml", "deploy/compose.s3.yml", "deploy/compose.gpu.yml"
 DEFAULT = re.compile(r"\$\{[A-Z0-9_]+:-([^}]*)\}")
 ONCE = {"credentials", "first-key", "bucket"}
+STAGE = re.compile(r"^FROM (\S+) AS (\S+)\n(.*?)(?=^FROM |\Z)", re.MULTILINE | re.DOTALL)
 
 
 def services(*files: str) -> dict[str, dict[str, Any]]:
@@ -26,6 +32,26 @@ def services(*files: str) -> dict[str, dict[str, Any]]:
         for name, service in yaml.safe_load(DEFAULT.sub(r"\1", (ROOT / file).read_text()))["services"].items():
             found.setdefault(name, {}).update(service)
     return found
+
+
+def folders_made(target: str) -> set[str]:
+    """What an image of ours has for user 10001: what its stage of the Dockerfile makes, and those below it."""
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    stages = {name: (base, body) for base, name, body in STAGE.findall(text)}
+    made: set[str] = set()
+    while target in stages:
+        target, body = stages[target]
+        for folders in re.findall(r"install -d -o 10001 -g 10001(?: -m \d+)?((?: +/\S+)+)", body):
+            made |= set(folders.split())
+    return made
+
+
+def mounts(service: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each named volume of a service, and where it is mounted."""
+    for volume in service.get("volumes", []):
+        name, folder, *_ = volume.split(":")
+        if re.fullmatch(r"\w+", name):
+            yield name, folder
 
 
 def longest_job_s(file: str) -> float:
@@ -102,3 +128,51 @@ def test_everything_waits_until_what_it_needs_is_healthy() -> None:
     assert {name: found[name]["depends_on"]["s3"] for name in ("gateway", "worker")} == {
         name: {"condition": "service_healthy"} for name in ("gateway", "worker")
     }
+
+
+def test_a_new_volume_finds_its_folder_in_the_image_and_belongs_to_our_user() -> None:
+    """Docker gives it the owner that the folder has in the image, and root's where there is none."""
+    for name, service in services(MAIN, S3).items():
+        if service["image"].startswith("darkroom-"):
+            for volume, folder in mounts(service):
+                assert folder in folders_made(service["build"]["target"]), f"{name}: {volume}"
+
+
+def test_no_other_image_takes_over_a_volume_of_ours() -> None:
+    """Docker does it for each container that mounts a volume which is still empty, if its image has the folder."""
+    every = services(MAIN, S3)
+    ours = {volume for one in every.values() if one["image"].startswith("darkroom-") for volume, _ in mounts(one)}
+    others = [mount for one in every.values() if not one["image"].startswith("darkroom-") for mount in mounts(one)]
+    assert {folder for volume, folder in others if volume in ours} <= {"/credentials", "/s3"}, "what no image has"
+
+
+def test_who_waits_for_all_waits_for_the_end_of_what_runs_once() -> None:
+    """Of `up --wait`, which has everything run on whose end no service waits for."""
+    gates = [gate for one in merged(MAIN, S3).values() for gate in one["depends_on"].items()]
+    assert {name for name, gate in gates if gate["condition"] == "service_completed_successfully"} == ONCE
+    for name in ONCE:
+        assert services(MAIN, S3)[name]["healthcheck"] == {"disable": True}
+
+
+def test_worker_is_healthy_once_its_models_are_loaded_however_long_that_takes() -> None:
+    for files in ((MAIN,), (MAIN, GPU)):
+        check = services(*files)["worker"]["healthcheck"]
+        assert "/readyz" in check["test"][-1]
+        assert float(check["start_period"].removesuffix("s")) >= 1800
+
+
+@pytest.mark.parametrize("files", [(MAIN,), (MAIN, S3), (MAIN, GPU)], ids=["cpu", "s3", "gpu"])
+def test_commands_of_an_operator_take_the_environment_of_every_service(
+    files: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").write_text("redis://:secret@redis:6379/0")
+    for name in ("gateway", "webhooks", "worker"):
+        for variable in [variable for variable in os.environ if variable.startswith("DARKROOM_")]:
+            monkeypatch.delenv(variable)
+        for file in files:
+            service = yaml.safe_load((ROOT / file).read_text())["services"].get(name, {})
+            for variable, value in service.get("environment", {}).items():
+                if variable.startswith("DARKROOM_") and value is not None:
+                    is_file = variable.endswith("_FILE")
+                    monkeypatch.setenv(variable, str(tmp_path / "secret") if is_file else DEFAULT.sub(r"\1", value))
+        assert StackSettings().auth in ("auto", "on"), name

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.chart.manifests import CHART, EXAMPLES, VALUES, Manifest, refusal, render, set_values
+from tests.deploy.chart.manifests import CHART, EXAMPLES, KEDA, VALUES, Manifest, refusal, render, set_values
 from tests.deploy.tools import ROOT, checkov, helm, run
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(700)]
@@ -57,6 +57,26 @@ def test_names_stay_short_for_the_longest_release_and_worker_set() -> None:
     )
     for manifest in render("-f", VALUES / "demo.yaml", *long, release="r" * 53):
         assert len(manifest["metadata"]["name"]) <= 63 - len("keda-hpa-") * (manifest["kind"] == "ScaledObject")
+
+
+def test_names_of_digits_stay_texts() -> None:
+    values = set_values(monitoring__enabled="true", **{"workers.4090.models[0].name": "demo"}, **KEDA)
+    digits = ("--set-string", "nameOverride=1,fullnameOverride=2", *values)
+
+    def numbers(value: Any, path: str) -> Iterator[str]:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                yield from numbers(inner, f"{path}.{name}")
+        elif isinstance(value, list):
+            for inner in value:
+                yield from numbers(inner, path)
+        elif not isinstance(value, str):
+            yield path
+
+    for manifest in render("-f", VALUES / "demo.yaml", *digits, release="123"):
+        where = f"{manifest['kind']} {manifest['metadata']['name']}"
+        found = list(numbers(manifest, ""))
+        assert [one for one in found if one.endswith(".name") or "abels." in one or ".selector." in one] == [], where
 
 
 def test_checkov_finds_nothing_that_was_not_thought_about(rendered: dict[str, list[Manifest]], tmp_path: Path) -> None:

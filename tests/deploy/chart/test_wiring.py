@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from app.main import create_app
+from app.settings import GatewaySettings
 from tests.deploy.chart.manifests import (
     KEDA,
     VALUES,
@@ -128,6 +133,26 @@ def test_weights_are_read_only_for_workers_and_written_by_what_fetches_them(fold
     assert "hub-token" not in {mount["name"] for mount in worker["volumeMounts"]}
 
 
+def test_what_fetches_weights_has_the_variables_and_mounts_of_its_worker_set() -> None:
+    mount = {"name": "certificates", "mountPath": "/certificates", "readOnly": "true"}
+    values = {
+        "env[0].name": "HTTPS_PROXY",
+        "env[0].value": "http://proxy:3128",
+        "extraVolumes[0].name": "certificates",
+        "extraVolumes[0].configMap.name": "certificates",
+    } | {f"extraVolumeMounts[0].{name}": value for name, value in mount.items()}
+    options = set_values(**{f"workers.medium.{name}": value for name, value in values.items()}, **KEDA)
+    fetching = [
+        one
+        for template in templates(render("-f", VALUES / "folder.yaml", *options)).values()
+        for one in template["spec"].get("initContainers", [])
+    ]
+    assert len(fetching) == 2, "of the worker and of the job that announces its models"
+    for container in fetching:
+        assert env_of(container)["HTTPS_PROXY"] == "http://proxy:3128"
+        assert mount | {"readOnly": True} in container["volumeMounts"]
+
+
 def test_a_worker_set_says_only_what_differs_also_where_that_is_nothing() -> None:
     values = set_values(workerDefaults__replicas=3, workers__demo__replicas=0, workerDefaults__autoscaling__min=2)
     demo = templates_of(render("-f", VALUES / "demo.yaml", *values))
@@ -201,6 +226,48 @@ def test_gateway_is_reached_by_ingress_and_monitoring_and_metrics_by_monitoring_
 
     assert spaces("darkroom-gateway") == ["ingress-nginx", "monitoring"]
     assert spaces("darkroom-metrics") == ["monitoring"]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "said", "port"),
+    [
+        ("", 0, 443),
+        ("https://s3.example", 0, 443),
+        ("http://minio.storage", 0, 80),
+        ("http://minio.storage:9000", 0, 9000),
+        ("https://[fd00::1]:9000/s3", 0, 9000),
+        ("https://[fd00::1]", 0, 443),
+        ("http://minio.storage:9000", 9001, 9001),
+    ],
+)
+def test_s3_is_reached_on_the_port_of_its_url_unless_another_is_said(endpoint: str, said: int, port: int) -> None:
+    values = {"bucket": "pictures", "endpoint": endpoint}
+    options = set_values(networkPolicy__s3To__port=said, **{f"store__s3__{k}": v for k, v in values.items()})
+    (rule,) = named(render("-f", VALUES / "demo.yaml", *options), "NetworkPolicy", "darkroom-to-s3")["spec"]["egress"]
+    assert rule == {"ports": [{"port": port}]}
+
+
+def flat(routes: list[Any]) -> Iterator[str]:
+    """The path of every route of the gateway, those that its document leaves out among them."""
+    for route in routes:
+        if hasattr(route, "original_router"):
+            yield from flat(route.original_router.routes)
+        else:
+            yield route.path
+
+
+def test_ingress_passes_on_every_route_but_metrics(fleet: list[Manifest], tmp_path: Path) -> None:
+    (rule,) = named(fleet, "Ingress", "darkroom-gateway")["spec"]["rules"]
+    paths = {(one["pathType"], one["path"]) for one in rule["http"]["paths"]}
+
+    def passes(route: str) -> bool:
+        parts = route.split("/")
+        starts = {("Prefix", "/".join(parts[:length]) or "/") for length in range(1, len(parts) + 1)}
+        return bool(paths & {("Exact", route), *starts})
+
+    routes = set(flat(create_app(GatewaySettings(store_dir=tmp_path)).routes))
+    assert {"/", "/v1/generations", "/healthz", "/playground/{name}", "/openapi.json"} <= routes
+    assert {route for route in routes if not passes(route)} == {"/metrics"}
 
 
 def test_webhooks_leave_for_public_addresses_only(manifests: list[Manifest]) -> None:

@@ -14,15 +14,18 @@
 {{- end -}}
 {{- end -}}
 
-{{/* What all objects of this release have in common, and what selects its pods: a dict of root, component, set */}}
+{{/*
+What all objects of this release have in common, and what selects its pods: a dict of root, component, set. Names may be
+all digits, and unquoted would be numbers.
+*/}}
 {{- define "darkroom.selector" -}}
-app.kubernetes.io/name: {{ include "darkroom.name" .root }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/name: {{ include "darkroom.name" .root | quote }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 {{- with .component }}
 app.kubernetes.io/component: {{ . }}
 {{- end }}
 {{- with .set }}
-darkroom/worker-set: {{ . }}
+darkroom/worker-set: {{ . | quote }}
 {{- end }}
 {{- end -}}
 
@@ -165,6 +168,13 @@ capabilities:
 - name: DARKROOM_STORE_DIR
   value: /var/lib/darkroom/pictures
 {{- end -}}
+{{- end -}}
+
+{{/* The port that pods reach S3 at: as said, else of the endpoint's url */}}
+{{- define "darkroom.s3Port" -}}
+{{- $url := .Values.store.s3.endpoint | default "https://" | urlParse -}}
+{{- $port := $url.host | regexFind ":[0-9]+$" | trimPrefix ":" | default (ternary "80" "443" (eq $url.scheme "http")) -}}
+{{- .Values.networkPolicy.s3To.port | default $port -}}
 {{- end -}}
 
 {{/* A dict of root and store, which says whether the pod opens the store */}}

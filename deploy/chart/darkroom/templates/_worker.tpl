@@ -66,6 +66,9 @@
     {{- if $token }}
     - {name: DARKROOM_HF_TOKEN_FILE, value: /run/secrets/hub/token}
     {{- end }}
+    {{- with $.set.env }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
   resources:
     requests: {cpu: 500m, memory: 256Mi}
     limits: {memory: 1Gi}
@@ -76,6 +79,9 @@
     - {name: weights, mountPath: /models}
     {{- if $token }}
     - {name: hub-token, mountPath: /run/secrets/hub, readOnly: true}
+    {{- end }}
+    {{- with $.set.extraVolumeMounts }}
+    {{- toYaml . | nindent 4 }}
     {{- end }}
 {{- end }}
 {{- end -}}
