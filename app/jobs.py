@@ -68,6 +68,8 @@ class Jobs:
         """
         state = self._request.state
         state.asked, state.dialect = True, dialect
+        if idempotency and (first := await self._replay(idempotency)):
+            return first
         self._need("generate")
         if create.priority == "high":
             self._need("high-priority")
@@ -85,13 +87,23 @@ class Jobs:
             await self._gateway.targets.check(webhook.url, "webhook.url" if dialect == "native" else "webhook")
             # whoever calls it has no request to tell the base url by
             job = replace(job, webhook=webhook, echo=job.echo | {"base_url": self.links.base_url})
-        if hold_s is not None and not (idempotency and await self._queue.remembers(idempotency)):
+        if hold_s is not None:
             await self._check_wait(job, hold_s)
         accepted = await self._queue.submit(job, idempotency=idempotency, max_active=self.caller.max_active)
         state.generation, state.replayed = accepted.job_id, accepted.replayed
         if accepted.replayed:
             job = (await self._queue.view(accepted.job_id)).job
         return JobView(job=job, status="queued", position=accepted.position)
+
+    async def _replay(self, idempotency: Idempotency) -> JobView | None:
+        """The first answer under this key, whatever changed since: cards, scopes, where webhooks may go."""
+        if self.caller.scopes.isdisjoint(("generate", "read")):
+            return None
+        view = await self._queue.replay(idempotency)
+        if view is not None:
+            state = self._request.state
+            state.model, state.generation, state.replayed = view.job.model, view.job.id, True
+        return view
 
     async def get(self, job_id: str) -> JobView:
         """One of the caller's jobs. UnknownGeneration: also where it is another's."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,9 +14,9 @@ import pytest
 from fastapi import FastAPI
 from starlette.requests import Request
 
-from app.auth import ANONYMOUS
+from app.auth import ALL_SCOPES, ANONYMOUS, Scope
 from app.deps import Gateway
-from app.errors import ClientGone, WaitTooLong
+from app.errors import ClientGone, Forbidden, WaitTooLong
 from app.jobs import Jobs
 from app.links import Links
 from app.schemas import GenerationCreate
@@ -23,7 +24,8 @@ from app.settings import GatewaySettings
 from model.params import GenerationParams
 from tests.app.conftest import BASE_URL
 from tests.app.fake_worker import FakeWorker
-from worker.contract.errors import QueueUnavailable
+from worker.contract.cards import ModelCard
+from worker.contract.errors import IdempotencyKeyReused, InvalidField, QueueUnavailable, UnknownModel
 from worker.contract.job import Job, JobView
 from worker.contract.keys import Keyring, new_key
 from worker.contract.queue import Idempotency
@@ -42,6 +44,7 @@ QUEUED = JobView(
     ),
     status="queued",
 )
+KEY = Idempotency("a route", "once", "f" * 64)
 UNKNOWN = f"/v1/generations/gen_{'0' * 31}"
 
 
@@ -130,10 +133,60 @@ async def test_caller_who_cannot_wait_so_long_is_told_when_to_come_back(slow_job
 
 
 async def test_request_that_comes_again_under_its_key_is_answered_however_long_the_wait(slow_jobs: Jobs) -> None:
-    key = Idempotency("a route", "once", "f" * 64)
-    first = await slow_jobs.accept(CREATE, idempotency=key, hold_s=10)
-    again = await slow_jobs.accept(CREATE, idempotency=key, hold_s=10)
+    first = await slow_jobs.accept(CREATE, idempotency=KEY, hold_s=10)
+    again = await slow_jobs.accept(CREATE, idempotency=KEY, hold_s=10)
     assert again.job.id == first.job.id
+
+
+class Gone:
+    """A catalog without cards; or an address book that lets webhooks go nowhere."""
+
+    async def card(self, name: str) -> ModelCard:
+        raise UnknownModel(name, [])
+
+    async def check(self, url: str, field: str) -> None:
+        raise InvalidField(field, url, "none")
+
+
+@pytest.fixture
+def changed(app: FastAPI, worker: FakeWorker) -> Callable[..., Jobs]:
+    """The jobs of a caller, who may have lost scopes, in a gateway of which something has changed."""
+    worker.stop()
+
+    def changed(scopes: Iterable[Scope] = ALL_SCOPES, **parts: Any) -> Jobs:
+        caller = replace(ANONYMOUS, scopes=frozenset(scopes))
+        return Jobs(replace(app.state.gateway, **parts), caller, _request(app), Links(BASE_URL))
+
+    return changed
+
+
+URGENT = GenerationCreate.model_validate(TINY | {"priority": "high", "webhook": {"url": "https://93.184.215.14/"}})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"catalog": Gone()}, {"targets": Gone()}, {"scopes": ("generate",)}, {"scopes": ("read",)}],
+    ids=["card", "webhook", "priority", "scope"],
+)
+async def test_request_that_comes_again_under_its_key_is_answered_whatever_has_changed(
+    changed: Callable[..., Jobs], change: dict[str, Any]
+) -> None:
+    first = await changed().accept(URGENT, idempotency=KEY)
+    with pytest.raises((Forbidden, UnknownModel, InvalidField)):
+        await changed(**change).accept(URGENT)
+    assert await changed(**change).accept(URGENT, idempotency=KEY) == first
+
+
+async def test_other_request_under_a_key_is_refused_as_such_before_its_fields_are(changed: Callable[..., Jobs]) -> None:
+    await changed().accept(URGENT, idempotency=KEY)
+    with pytest.raises(IdempotencyKeyReused):
+        await changed(catalog=Gone()).accept(URGENT, idempotency=replace(KEY, fingerprint="0" * 64))
+
+
+async def test_caller_who_may_see_no_jobs_learns_nothing_of_a_key(changed: Callable[..., Jobs]) -> None:
+    await changed().accept(URGENT, idempotency=KEY)
+    with pytest.raises(Forbidden):
+        await changed(("high-priority",)).accept(URGENT, idempotency=KEY)
 
 
 class Away:

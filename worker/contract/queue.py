@@ -161,10 +161,23 @@ class JobQueue:
         job_id = answer.decode()
         return Accepted(job_id, int(position[0]), replayed=job_id != job.id)
 
-    async def remembers(self, idempotency: Idempotency) -> bool:
-        """Whether a job was submitted under this key: the next such request is answered for that one."""
+    async def replay(self, idempotency: Idempotency) -> JobView | None:
+        """The job that was submitted under this key, as it was then; None if none is kept. IdempotencyKeyReused.
+
+        `submit` looks again: of two requests at once, only one is the first.
+        """
+        name = f"darkroom:idempotency:{idempotency.name}"
         with reaching_redis():
-            return bool(await self._redis.exists(f"darkroom:idempotency:{idempotency.name}"))
+            job_id, position, fingerprint = await cast(Any, self._redis.hmget(name, "id", "position", "fingerprint"))
+        if job_id is None:
+            return None
+        try:
+            view = await self.view(job_id.decode())
+        except UnknownGeneration:
+            return None
+        if fingerprint.decode() != idempotency.fingerprint:
+            raise IdempotencyKeyReused(idempotency.key)
+        return JobView(job=view.job, status="queued", position=int(position))
 
     async def view(self, job_id: str) -> JobView:
         """The job as it is now; past its deadline it has failed. UnknownGeneration."""

@@ -78,8 +78,8 @@ class Instant(JobQueue):
     async def expected_wait(self, *_: Any, **__: Any) -> float | None:
         return None
 
-    async def remembers(self, _: Any) -> bool:
-        return False
+    async def replay(self, _: Any) -> JobView | None:
+        return None
 
     async def submit(self, job: Job, **_: Any) -> Accepted:
         assert self._records.fields(job)

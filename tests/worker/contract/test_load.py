@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from datetime import UTC, datetime
 
@@ -198,6 +199,73 @@ async def test_usage_counts_what_was_done_by_owner_and_model(queue, intake, make
         Usage(day=day, owner="b", model="demo", jobs=3, pictures=0, megapixel_steps=0.0, gpu_seconds=2.5),
         Usage(day=day, owner="b", model="other", jobs=1, pictures=0, megapixel_steps=0.0, gpu_seconds=1.25),
     ]
+
+
+@pytest.fixture
+def run(queue, intake, make_job):
+    """Submits a job and starts it."""
+
+    async def run(**fields):
+        await queue.submit(make_job(owner="a", **fields))
+        (claim,) = intake.claim(["demo"], 1)
+        return claim
+
+    return run
+
+
+def let_deadline_pass(client, job):
+    meta = json.loads(client.hget(f"rq:job:{job.id}", "meta"))
+    client.hset(f"rq:job:{job.id}", "meta", json.dumps(meta | {"deadline": 1.0}))
+
+
+async def gpu_seconds(queue):
+    (row,) = await queue.usage(1)
+    return row.jobs, row.gpu_seconds
+
+
+async def test_usage_counts_the_gpu_of_a_success_that_was_canceled(queue, intake, run):
+    claim = await run()
+    await queue.cancel(claim.job.id)
+    for _ in range(2):
+        assert not intake.commit(claim, "succeeded", Result(gpu_seconds=1.25))
+    assert await gpu_seconds(queue) == (1, 1.25)
+
+
+async def test_usage_counts_the_gpu_of_a_success_that_came_too_late(queue, intake, run, client):
+    claim = await run()
+    let_deadline_pass(client, claim.job)
+    for _ in range(2):
+        assert not intake.commit(claim, "succeeded", Result(gpu_seconds=1.25))
+    assert await gpu_seconds(queue) == (1, 1.25)
+
+
+@pytest.mark.parametrize("status", ["succeeded", "failed"])
+async def test_usage_counts_the_gpu_of_a_job_that_its_deadline_ended(queue, intake, run, client, status):
+    claim = await run()
+    let_deadline_pass(client, claim.job)
+    assert (await queue.view(claim.job.id)).status == "failed"
+    for _ in range(2):
+        intake.commit(claim, status, Result(gpu_seconds=1.25, failure=Failure(code="x", message="y")))
+    assert await gpu_seconds(queue) == (1, 1.25)
+
+
+async def test_usage_counts_the_gpu_of_a_committed_job_once(queue, intake, run):
+    claim = await run()
+    for _ in range(2):
+        assert intake.commit(claim, "succeeded", Result(gpu_seconds=1.25))
+    assert await gpu_seconds(queue) == (1, 1.25)
+
+
+async def test_usage_counts_no_gpu_of_an_earlier_life(queue, intake, make_intake, run, client, settings):
+    stale = await run()
+    let_deadline_pass(client, stale.job)
+    await queue.view(stale.job.id)
+    with Operations.connect(settings) as operations:
+        assert operations.retry(stale.job.id).position == 0
+    (claim,) = make_intake("w2").claim(["demo"], 1)
+    assert not intake.commit(stale, "succeeded", Result(gpu_seconds=1.25))
+    assert claim.job.id == stale.job.id
+    assert await gpu_seconds(queue) == (1, 0)
 
 
 async def test_usage_outlives_the_job_and_is_of_the_days_asked_for(queue, make_job, client):

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from worker.contract.errors import IdempotencyKeyReused, TooManyJobs, UnknownGeneration
-from worker.contract.job import SCHEMA, Failure, Result
+from worker.contract.job import SCHEMA, Failure, JobView, Result
 from worker.contract.operations import Operations
 from worker.contract.queue import Accepted, Idempotency, JobQueue
 
@@ -70,6 +70,19 @@ async def test_key_outlives_its_job_s_end_for_a_day_and_not_its_record(queue, in
     assert 86_000 < client.ttl(key) <= 86_400
     await queue.forget(first.id)
     assert await queue.submit(after, idempotency=ONCE) == Accepted(after.id, 0, replayed=False)
+
+
+async def test_key_is_replayed_without_a_submit(queue, make_job, client):
+    assert await queue.replay(ONCE) is None
+    await queue.submit(make_job())
+    job = make_job()
+    await queue.submit(job, idempotency=ONCE)
+    await queue.cancel(job.id)
+    assert await queue.replay(ONCE) == JobView(job=job, status="queued", position=1)
+    with pytest.raises(IdempotencyKeyReused, match="Idempotency-Key is 'key-1'"):
+        await queue.replay(Idempotency(ONCE.scope, ONCE.key, "0" * 64))
+    await queue.forget(job.id)
+    assert await queue.replay(ONCE) is None
 
 
 async def test_refused_job_leaves_no_key(queue, make_job, client):

@@ -15,7 +15,7 @@ from worker.contract.cards import Defaults, ModelCard
 from worker.contract.errors import QueueFull, QueueUnavailable, SchemaUnknown, UnknownGeneration
 from worker.contract.events import JobEvents
 from worker.contract.job import SCHEMA, Failure, Progress, Result
-from worker.contract.queue import JobQueue
+from worker.contract.queue import Idempotency, JobQueue
 from worker.contract.settings import ContractSettings
 
 
@@ -329,6 +329,7 @@ async def test_burst_of_calls_is_answered_whole(queue, make_job):
 async def every_method(queue, job):
     yield queue.ping()
     yield queue.submit(job)
+    yield queue.replay(Idempotency("route", "key", "f"))
     yield queue.view(job.id)
     yield queue.cancel(job.id)
     yield queue.wait(job.id, 30)

@@ -8,7 +8,9 @@ from rq.job import Job as RQJob
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 
+from worker.contract.errors import QueueFull
 from worker.contract.job import SCHEMA, Failure, Result
+from worker.contract.queue import JobQueue
 
 QUEUE = "darkroom.demo.normal"
 
@@ -122,6 +124,55 @@ async def test_position_counts_what_is_of_higher_priority(queue, put):
     assert (await queue.view(job.id)).position == 3 + 1
 
 
+async def fill_up(queue, make_job, owner, most=100):
+    """Submits jobs of an owner until the queue takes no more of them; how many it took."""
+    for taken in range(most):
+        try:
+            await queue.submit(make_job(owner=owner))
+        except QueueFull:
+            return taken
+    return most
+
+
+async def test_owner_that_fills_the_queue_leaves_each_other_its_share(settings, make_job):
+    queue = JobQueue.connect(settings.model_copy(update={"queue_bound": 12}))
+    assert await fill_up(queue, make_job, "a") == 12
+    assert await fill_up(queue, make_job, "b") == 4  # the first is asked for as the second of two
+    assert await fill_up(queue, make_job, "c") == 3
+    assert await fill_up(queue, make_job, "a") == 0
+    await queue.close()
+
+
+async def test_queue_takes_no_more_than_twice_its_bound_however_many_owners_come(settings, make_job, client):
+    queue = JobQueue.connect(settings.model_copy(update={"queue_bound": 10}))
+    for n in range(30):
+        await fill_up(queue, make_job, f"owner{n}", 10 if n == 0 else 1)
+    assert client.llen(f"rq:queue:{QUEUE}") == 20
+    await queue.close()
+
+
+async def test_queue_of_one_owner_takes_no_more_than_its_bound(settings, make_job):
+    queue = JobQueue.connect(settings.model_copy(update={"queue_bound": 1}))
+    assert await fill_up(queue, make_job, "") == 1
+    await queue.close()
+
+
+async def test_owner_beyond_its_share_is_told_to_come_when_a_job_of_its_own_would_start(
+    settings, make_job, make_intake
+):
+    queue = JobQueue.connect(settings.model_copy(update={"queue_bound": 12}))
+    await fill_up(queue, make_job, "a")
+    await fill_up(queue, make_job, "b")
+    make_intake("w1").renew(["demo"], {"demo": make_job().work})  # a job a second
+    told = {}
+    for owner in "ab":
+        with pytest.raises(QueueFull) as refused:
+            await queue.submit(make_job(owner=owner))
+        told[owner] = refused.value.retry_after_s
+    assert told == {"a": 16, "b": 9}
+    await queue.close()
+
+
 async def test_job_handed_back_is_next_and_in_its_place(put, intake, make_intake):
     jobs = await put("a", 3)
     await put("b", 3)
@@ -178,6 +229,38 @@ async def test_queue_emptied_by_a_tool_of_rq_is_empty(put, intake, client):
     RQQueue(QUEUE, connection=client, serializer=JSONSerializer).empty()
     assert intake.claim(["demo"], 5) == []
     assert (in_line(client), client.exists("darkroom:load"), client.exists("darkroom:active:a")) == (0, 0, 0)
+
+
+async def test_queue_emptied_by_a_tool_of_rq_leaves_its_owner_the_other_jobs(queue, put, intake, client):
+    (ended,) = await put("a")
+    (claim,) = intake.claim(["demo"], 1)
+    intake.commit(claim, "succeeded", Result())
+    gone = await put("a", 2)
+    RQQueue(QUEUE, connection=client, serializer=JSONSerializer).empty()
+    assert intake.claim(["demo"], 5) == []
+    assert client.zrange("darkroom:owner:a", 0, -1) == [ended.id.encode()]
+    assert ids(view.job for view in await queue.page("a", limit=5)) == [ended.id]
+    assert client.exists(*[f"darkroom:events:{job.id}" for job in gone]) == 0
+
+
+async def test_running_job_deleted_by_a_tool_of_rq_leaves_nothing_behind(queue, put, intake, client):
+    running, waiting = await put("a", 2)
+    intake.claim(["demo"], 1)
+    RQJob.fetch(running.id, connection=client, serializer=JSONSerializer).delete()
+    client.zadd("darkroom:deadlines", {running.id: 1})
+    await queue.reap()
+    assert client.exists(f"darkroom:events:{running.id}") == 0
+    assert client.zrange("darkroom:owner:a", 0, -1) == [waiting.id.encode()]
+
+
+async def test_job_moved_to_another_queue_by_a_tool_of_rq_leaves_its_owner_the_other_jobs(queue, put, intake, client):
+    (ended,) = await put("a")
+    await queue.cancel(ended.id)
+    (job,) = await put("a")
+    client.lrem(f"rq:queue:{QUEUE}", 1, job.id)
+    client.rpush("rq:queue:darkroom.demo.high", job.id)
+    assert ids(claim.job for claim in intake.claim(["demo"], 5)) == [job.id]
+    assert ids(view.job for view in await queue.page("a", limit=5)) == [job.id, ended.id]
 
 
 async def test_job_put_back_by_a_tool_of_rq_waits_behind_its_owner_s_others(put, intake, client):

@@ -69,6 +69,12 @@ WORKER_LOST = Failure(
 PARTS = ("common", "events", "turns", "books", "lives")
 """What comes before every transition's own lines."""
 
+FLAGS = "#!lua flags=allow-oom"
+"""A full Redis takes no more jobs, but those that it has go on and end. It must be the first line of a script."""
+
+UNFLAGGED = frozenset({"submit", "view", "page", "load", "survey", "status"})
+"""What a full Redis refuses; and what reads, for a Redis that takes no writes would refuse all that has a flag."""
+
 LEASE_S = 6.0
 """How long a worker that says nothing keeps its jobs."""
 
@@ -76,7 +82,8 @@ LEASE_S = 6.0
 def script(name: str) -> str:
     """The Lua source of a transition, complete."""
     folder = files(__package__)
-    return "\n".join([_constants(), *((folder / f"{part}.lua").read_text("utf-8") for part in (*PARTS, name))])
+    parts = [_constants(), *((folder / f"{part}.lua").read_text("utf-8") for part in (*PARTS, name))]
+    return "\n".join(parts if name in UNFLAGGED else [FLAGS, *parts])
 
 
 def _constants() -> str:

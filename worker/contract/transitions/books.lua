@@ -70,7 +70,7 @@ local function set_lifetime(id, lifetime)
   end
 end
 
--- lifetime: of the job's record.
+-- lifetime: of the job's record; 0 if that is not known, or there is none any more.
 local function close_books(id, lifetime)
   local entry = entry_of(id)
   if not entry then return end
@@ -78,15 +78,21 @@ local function close_books(id, lifetime)
   redis.call('HDEL', OPEN, id)
   redis.call('ZREM', DEADLINES, id)
   redis.call('SREM', active_key(entry.owner), id)
-  if redis.call('EXISTS', active_key(entry.owner)) == 0 then redis.call('EXPIRE', owner_key(entry.owner), lifetime) end
+  if lifetime > 0 and redis.call('EXISTS', active_key(entry.owner)) == 0 then
+    redis.call('EXPIRE', owner_key(entry.owner), lifetime)
+  end
 end
 
--- Crosses out a job that a tool of RQ's took out of our hands. One that it ended gets a lifetime, for RQ gives it none.
+-- Crosses out a job that a tool of RQ's took out of our hands. One that it ended gets a lifetime, for RQ gives it none; of one
+-- that it deleted nothing stays.
 local function cross_out(id)
-  local f = redis.call('HMGET', job_key(id), 'status', 'result_ttl')
+  local f, entry = redis.call('HMGET', job_key(id), 'status', 'result_ttl'), entry_of(id)
   if f[1] == 'queued' or f[1] == 'started' then return move(id, nil) end
   if f[2] then set_lifetime(id, tonumber(f[2])) end
   close_books(id, tonumber(f[2] or 0))
+  if redis.call('EXISTS', job_key(id)) == 1 then return end
+  redis.call('DEL', RQ .. 'results:' .. id, events_key(id))
+  if entry then redis.call('ZREM', owner_key(entry.owner), id) end
 end
 
 -- Puts a job that a tool of RQ's put into a list, or an older Darkroom, into its line; what cannot start leaves the list.
@@ -136,20 +142,20 @@ end
 
 -- What an owner used, by day and model: all jobs that ended, the pictures and pixel-steps of those that succeeded, and the
 -- milliseconds that workers said they took.
-local function note_usage(meta, status, gpu_ms)
+local function use(meta, counter, by)
+  if by <= 0 then return end
   local key = 'darkroom:usage:' .. today()
-  local function add(counter, by)
-    if by > 0 then
-      redis.call('HINCRBY', key, cjson.encode({meta.owner or '', meta.model, counter}), integer(by))
-    end
-  end
-  add('jobs', 1)
-  if status == 'finished' then
-    add('pictures', meta.pictures or 1)
-    add('pixel_steps', meta.work or 0)
-  end
-  add('gpu_ms', gpu_ms or 0)
+  redis.call('HINCRBY', key, cjson.encode({meta.owner or '', meta.model, counter}), integer(by))
   redis.call('EXPIRE', key, USAGE_S)
+end
+
+local function note_usage(meta, status, gpu_ms)
+  use(meta, 'jobs', 1)
+  if status == 'finished' then
+    use(meta, 'pictures', meta.pictures or 1)
+    use(meta, 'pixel_steps', meta.work or 0)
+  end
+  use(meta, 'gpu_ms', gpu_ms or 0)
 end
 
 -- Lets an owner's list go of the oldest jobs, as their records expire: more of them than come in.

@@ -70,7 +70,7 @@ end
 
 -- Ends a queued or started job. status: RQ's finished | failed | canceled.
 -- ending: outcome (JSON of our Result), encoded (the same as RQ keeps it: base64 of the return value or of the error), and
--- from a worker: expires_at (of the pictures), gpu_ms.
+-- from a worker: expires_at (of the pictures), gpu_ms. Of a job that others ended while it ran, its worker may tell gpu_ms yet.
 local function end_job(id, status, ending)
   local f = redis.call('HMGET', job_key(id), 'status', 'origin', 'worker_name', 'execution', 'result_ttl')
   local was, queue, worker, execution, lifetime = f[1], f[2], f[3], f[4], tonumber(f[5])
@@ -86,6 +86,7 @@ local function end_job(id, status, ending)
   if expires_at then redis.call('ZADD', PICTURES, expires_at, id) end
   close_books(id, lifetime)
   note_usage(meta_of(id), status, ending.gpu_ms)
+  if was == 'started' and not ending.gpu_ms then redis.call('HSET', job_key(id), 'gpu_untold', 1) end
   note_end(meta_of(id).model, status, ending.outcome)
   leave_group(id)
   event(id, status == 'finished' and 'succeeded' or status, ending.outcome)
@@ -96,10 +97,11 @@ local function ask_to_stop(id)
   redis.call('PUBLISH', 'darkroom:stop:' .. (redis.call('HGET', job_key(id), 'worker_name') or ''), id)
 end
 
--- Ends the job as failed if it is past its deadline; true if it did.
-local function end_if_late(id, status, meta)
+-- Ends the job as failed if it is past its deadline; true if it did. gpu_ms: if its worker told.
+local function end_if_late(id, status, meta, gpu_ms)
   if tonumber(meta.deadline) > NOW then return false end
-  end_job(id, 'failed', status == 'queued' and LATE_QUEUED or LATE_STARTED)
+  local ending = status == 'queued' and LATE_QUEUED or LATE_STARTED
+  end_job(id, 'failed', {outcome = ending.outcome, encoded = ending.encoded, gpu_ms = gpu_ms})
   if status == 'started' then ask_to_stop(id) end
   return true
 end
@@ -119,11 +121,20 @@ local function end_late(most)
   return ended
 end
 
--- Why a queue takes no more jobs: 'draining' or 'full'; nil if it does. Jobs past their deadline make room first.
-local function refusal(model, priority, bound)
+-- Whether a queue takes no more jobs of an owner. Beyond its bound it takes those of owners that have less than their share of
+-- it, up to twice as many jobs: else one owner that fills it would lock out all others.
+local function is_full(queue, owner, bound)
+  local waiting = redis.call('LLEN', list_key(queue))
+  if waiting < bound then return false end
+  local share = bound / (redis.call('ZCARD', turns_key(queue)) + 1)
+  return waiting >= 2 * bound or redis.call('ZCARD', line_key(queue, owner)) >= share
+end
+
+-- Why a queue takes no more jobs of an owner: 'draining' or 'full'; nil if it does. Jobs past their deadline make room first.
+local function refusal(model, priority, owner, bound)
   end_late(100)
   if redis.call('SISMEMBER', DRAINING, model) == 1 then return 'draining' end
-  if redis.call('LLEN', list_key(queue_of(model, priority))) >= bound then return 'full' end
+  if is_full(queue_of(model, priority), owner, bound) then return 'full' end
 end
 
 -- Takes a started job from whoever holds it: to the front of its queue as if it had never started, or to its end if it

@@ -9,7 +9,7 @@ if not meta then return 'gone' end
 local f = redis.call('HMGET', key, 'status', 'origin', 'worker_name', 'deaths', 'deliveries')
 local status, queue, worker, deaths = f[1], f[2], f[3], f[4]
 if status ~= 'failed' and status ~= 'canceled' and status ~= 'stopped' then return status end
-local refused = refusal(meta.model, meta.priority, bound)
+local refused = refusal(meta.model, meta.priority, meta.owner or '', bound)
 if refused then return refused end
 forget_executions(id, queue, worker)  -- a tool of RQ's that ends a job leaves them
 redis.call('ZREM', RQ .. 'failed:' .. queue, id)

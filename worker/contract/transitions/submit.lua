@@ -15,7 +15,7 @@ if key ~= '' then
 end
 
 if redis.call('EXISTS', job_key(id)) == 0 then
-  local refused = refusal(model, priority, bound)
+  local refused = refusal(model, priority, owner, bound)
   if not refused and most >= 0 and redis.call('SCARD', active_key(owner)) >= most then refused = 'many' end
   if refused then return {refused} end
   enqueue(id, model, priority, {unpack(ARGV, 10)})
