@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from worker.contract.queue import JobQueue
 from worker.contract.settings import ContractSettings
 from worker.contract.usage import USAGE_DAYS, Usage
 
+POLL_S = 0.5
 WIDTH = 160  # of what is no terminal: nothing shall be folded
 NUMBERS = ("jobs", "pictures", "megapixel_steps", "gpu_seconds")
 
@@ -52,10 +54,14 @@ def add(
     write: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write it there as well, for the eyes of this user alone.")
     ] = None,
+    wait_s: Annotated[
+        float, typer.Option("--wait", metavar="SECONDS", min=0, help="How long to wait for a Redis that is away.")
+    ] = 0.0,
 ) -> None:
     """Make a key and print it: this once, for only its hash is kept."""
     with _keyring("add") as (keyring, _):
         try:
+            _await_redis(keyring, wait_s)
             key, text = new_key(name, scopes=tuple(scope or USUAL_SCOPES), rate=rate, max_active=max_active)
             live = {key.id for key in keyring.known() if key.revoked_at is None}
             if if_none and live:
@@ -140,6 +146,19 @@ def _keyring(verb: str) -> Iterator[tuple[Keyring, ContractSettings]]:
             yield keyring, settings
     except QueueUnavailable as error:
         fail(no_answer(error, settings, f"keys {verb}"))
+
+
+def _await_redis(keyring: Keyring, wait_s: float) -> None:
+    """Returns once it answers; QueueUnavailable, if it does not in time."""
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            keyring.known()
+            return
+        except QueueUnavailable:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(POLL_S)
 
 
 @contextmanager

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,6 +121,19 @@ def test_if_none_makes_the_first_key_and_no_other(settings: ContractSettings, tm
     assert "there is a key already" in again.stderr
     assert file.read_text() == f"{text}\n"
     assert len(listed(settings)) == 1
+
+
+def test_a_key_waits_for_a_redis_that_is_yet_to_come(tmp_path: Path) -> None:
+    server = Valkey(tmp_path)
+    command = [sys.executable, "-m", "app.cli", "keys", "add", "first", "--wait", "60"]
+    env = os.environ | {"DARKROOM_REDIS_URL": server.url}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as adding:
+        with pytest.raises(subprocess.TimeoutExpired):
+            adding.wait(3)
+        server.start()
+        assert adding.communicate(timeout=60)[0].startswith("dr_")
+    assert adding.returncode == 0
+    server.stop()
 
 
 def test_a_key_that_is_in_use_is_never_written_over(settings: ContractSettings, tmp_path: Path) -> None:

@@ -123,8 +123,9 @@ def test_what_an_operator_sets_reaches_the_gateway_and_traces_the_worker_too() -
 
 def test_everything_waits_until_what_it_needs_is_healthy() -> None:
     found = services(MAIN, S3)
-    for name in ("first-key", "gateway", "webhooks", "worker"):
+    for name in ("gateway", "webhooks", "worker"):
         assert services(MAIN)[name]["depends_on"]["redis"] == {"condition": "service_healthy"}
+    assert "--wait" in services(MAIN)["first-key"]["command"]  # by itself
     assert {name: found[name]["depends_on"]["s3"] for name in ("gateway", "worker")} == {
         name: {"condition": "service_healthy"} for name in ("gateway", "worker")
     }

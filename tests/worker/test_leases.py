@@ -153,6 +153,54 @@ async def test_a_lapsed_lease_is_not_held_against_a_job_that_was_alone(queue, ma
     assert await status(queue, job) == ["queued"]
 
 
+async def test_a_job_that_hangs_its_worker_each_time_fails_though_the_lease_lapses_first(
+    queue, make_intake, make_job, client
+):
+    poison = make_job()
+    await submit(queue, poison)
+    for n in range(3):
+        (claim,) = make_intake(f"w{n}").claim(["demo"], MANY)
+        lapse(client, f"w{n}")
+        await queue.reap()
+        assert await status(queue, poison) == ["queued"]
+        make_intake("supervisor").bury(f"w{n}", 3)
+    assert claim.suspect
+    view = await queue.view(poison.id)
+    assert (view.status, view.result.failure.code) == ("failed", "worker_lost")
+    assert client.keys("darkroom:lost:*") == []
+
+
+async def test_a_worker_that_came_back_did_not_die_of_what_it_had_lost(queue, make_intake, make_job, client):
+    job = make_job()
+    await submit(queue, job)
+    worker = make_intake("w1")
+    worker.claim(["demo"], MANY)
+    lapse(client, "w1")
+    await queue.reap()
+    worker.renew(["demo"])
+    make_intake("supervisor").bury("w1", 1)
+    assert await status(queue, job) == ["queued"]
+
+
+async def test_suspects_that_have_waited_for_long_go_before_what_always_comes(queue, make_intake, make_job, client):
+    suspect = make_job(priority="normal")
+    await submit(queue, suspect)
+    dead, busy, other = (make_intake(name) for name in ("dead", "busy", "other"))
+    dead.claim(["demo"], MANY)
+    await submit(queue, *[make_job(priority="high") for _ in range(4)])
+    (first,), _ = busy.claim(["demo"], 1), other.claim(["demo"], 1)
+    make_intake("supervisor").bury("dead", 3)
+    (second,) = busy.claim(["demo"], 1)
+    (group,) = client.keys("darkroom:suspects:*")
+    client.expire(group, client.ttl(group) - 31)
+    assert busy.claim(["demo"], 1) == []  # it yields
+    assert len(other.claim(["demo"], 1)) == 1  # and nobody else does
+    await submit(queue, make_job(priority="high"))
+    for claim in (first, second):
+        busy.commit(claim, "succeeded", Result())
+    assert ids(busy.claim(["demo"], MANY)) == [suspect.id]
+
+
 async def test_jobs_handed_back_are_the_next_in_their_old_order_and_are_no_suspects(queue, make_intake, make_job):
     first, second, third = (make_job() for _ in range(3))
     await submit(queue, first, second, third)

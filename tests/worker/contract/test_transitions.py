@@ -271,6 +271,22 @@ async def test_job_ended_by_a_tool_of_rq_expires_after_its_deadline(queue, make_
     assert client.zcard("darkroom:deadlines") == 0
 
 
+@pytest.mark.parametrize("how", ["renew", "commit"])
+async def test_running_job_ended_by_a_tool_of_rq_counts_for_nobody_once_its_worker_says_something(
+    queue, intake, make_job, client, how
+):
+    job = make_job()
+    await queue.submit(job)
+    (claim,) = intake.claim(["demo"], 1)
+    RQJob.fetch(job.id, connection=client, serializer=JSONSerializer).cancel()
+    if how == "renew":
+        intake.renew(["demo"])
+    else:
+        intake.commit(claim, "succeeded", Result())
+    assert client.exists("darkroom:open", f"darkroom:active:{job.owner}", "darkroom:deadlines") == 0
+    assert 0 < client.ttl(f"rq:job:{job.id}") <= LIFETIME_S
+
+
 async def test_job_put_back_with_tools_of_rq_runs_again_with_no_past(queue, intake, make_job, client):
     job = make_job()
     await queue.submit(job)

@@ -24,6 +24,8 @@ darkroom:line:<queue>:<o>   zset    ids of an owner's jobs in a queue, first com
 darkroom:rounds             hash    queue -> the last turn taken in it; 'came:<queue>' -> how many owners came
 darkroom:load               hash    of each queue and model: how many jobs wait and run, and their pixel-steps
 darkroom:suspects:<group>   set     ids of jobs that run with nothing beside them but each other
+darkroom:yields:<group>     string  the worker that takes nothing until it is idle and can take them, for a minute
+darkroom:lost:<worker>      string  id of the one job that it held when its lease lapsed, for an hour or until it renews
 
 darkroom:events:<id>        stream  event and data: queued, running, progress, preview, succeeded, failed, canceled
 darkroom:watch:<id>         string  exists while somebody wants to see previews

@@ -2,7 +2,8 @@
 -- turn; first come, first served of an owner.
 -- Jobs of a newer schema stay where they are, late ones fail, ids without a job are dropped, paused models are passed over.
 -- A group of suspects (see `bury`) starts whole, and only where nothing else runs: a worker that meets one while it holds
--- other jobs gets no more until it is idle.
+-- other jobs gets no more until it is idle. One that has waited for long goes before all else, for a worker that always has
+-- jobs of a higher class would never be idle: one worker gets nothing until then.
 -- A worker that is busy leaves jobs alone for a moment, for one with nothing to do may be about to claim them.
 -- ARGV: worker, schema, want, how many jobs it holds, for how many microseconds it leaves jobs alone, number of models, models,
 -- then `want` execution ids.
@@ -99,18 +100,27 @@ local function start_group(group)
   closed = true
 end
 
-end_late(100)
-local open_models = {}
-for m = 1, models do
-  local model = ARGV[6 + m]
-  if redis.call('SISMEMBER', PAUSED, model) == 0 and not is_left_alone(model) then open_models[#open_models + 1] = model end
-end
-for _, priority in ipairs(PRIORITIES) do
-  local open = {}
-  for _, model in ipairs(open_models) do
-    local queue = queue_of(model, priority)
-    if follow_list(queue) then open[#open + 1] = {queue = queue, passed = 0, stay = {}} end
+-- The queue whose next job is a suspect that has waited for long, if it is this worker's to make room for it.
+local function overdue(models_)
+  for _, priority in ipairs(PRIORITIES) do
+    for _, model in ipairs(models_) do
+      local queue = queue_of(model, priority)
+      local owner = follow_list(queue) and redis.call('ZRANGE', turns_key(queue), 0, 0)[1]
+      local id = owner and redis.call('ZRANGE', line_key(queue, owner), 0, 0)[1]
+      local group = id and redis.call('HGET', job_key(id), 'group')
+      if group and SUSPECTS_S - redis.call('TTL', suspects_key(group)) > SUSPECTS_WAIT_S then
+        local by = redis.call('GET', yields_key(group))
+        if not by or by == worker then
+          redis.call('SET', yields_key(group), worker, 'EX', YIELD_S)
+          return queue
+        end
+      end
+    end
   end
+end
+
+-- Starts jobs of these queues, one of each in turn.
+local function serve(open)
   while #open > 0 and taken < want and not closed do
     local still = {}
     for _, scan in ipairs(open) do
@@ -125,5 +135,25 @@ for _, priority in ipairs(PRIORITIES) do
     end
     open = still
   end
+end
+
+local function scan_of(queue) return {queue = queue, passed = 0, stay = {}} end
+
+end_late(100)
+local open_models = {}
+for m = 1, models do
+  local model = ARGV[6 + m]
+  if redis.call('SISMEMBER', PAUSED, model) == 0 and not is_left_alone(model) then open_models[#open_models + 1] = model end
+end
+local first = overdue(open_models)
+if first and holding > 0 then return reply end
+if first then serve({scan_of(first)}) end
+for _, priority in ipairs(PRIORITIES) do
+  local open = {}
+  for _, model in ipairs(open_models) do
+    local queue = queue_of(model, priority)
+    if follow_list(queue) then open[#open + 1] = scan_of(queue) end
+  end
+  serve(open)
 end
 return reply

@@ -7,6 +7,7 @@ local f = redis.call('HMGET', job_key(id), 'status', 'execution', 'cancel_reques
 local status, holder, cancel_requested = f[1], f[2], f[3]
 if holder ~= execution then return 0 end
 if status ~= 'started' then
+  if status ~= 'queued' and entry_of(id) then cross_out(id) end  -- a tool of RQ's ended it
   if redis.call('HDEL', job_key(id), 'gpu_untold') == 1 then use(meta_of(id), 'gpu_ms', gpu_ms) end
   return status == asked and 1 or 0
 end

@@ -7,6 +7,8 @@ local PRIORITIES = {'high', 'normal', 'low'}
 local STARTED_MARGIN_S = 86400  -- RQ's tools take a started job for abandoned this long after its deadline: ours are first
 local MAX_EVENTS = 256
 local SUSPECTS_S = 8 * 86400
+local SUSPECTS_WAIT_S, YIELD_S = 30, 60
+local LOST_S = 3600
 local MANY_OWNERS = 32
 local LEFTOVERS_S = 600  -- what an execution stored that came to nothing is deleted after so long
 local USAGE_S = 91 * 86400
@@ -59,6 +61,8 @@ local function list_key(queue) return RQ .. 'queue:' .. queue end
 local function events_key(id) return 'darkroom:events:' .. id end
 local function held_key(worker) return 'darkroom:held:' .. worker end  -- 'id:execution' of all that it holds
 local function suspects_key(group) return 'darkroom:suspects:' .. group end  -- ids that run with nothing beside them
+local function yields_key(group) return 'darkroom:yields:' .. group end  -- the worker that takes nothing until it is idle
+local function lost_key(worker) return 'darkroom:lost:' .. worker end  -- the one job that it held when its lease lapsed
 local function owner_key(owner) return 'darkroom:owner:' .. owner end  -- ids of all its jobs; they sort by time
 local function turns_key(queue) return 'darkroom:turns:' .. queue end  -- owners with jobs in it, scored by their turn
 local function line_key(queue, owner) return 'darkroom:line:' .. queue .. ':' .. owner end  -- their ids, first come first

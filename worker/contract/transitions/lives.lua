@@ -171,22 +171,35 @@ end
 
 local function forget_worker(worker)
   redis.call('ZREM', LEASES, worker)
-  redis.call('DEL', held_key(worker))
+  redis.call('DEL', held_key(worker), lost_key(worker))
   for _, member in ipairs(redis.call('ZRANGE', WORKERS, 0, -1)) do
     if cjson.decode(member)[2] == worker then redis.call('ZREM', WORKERS, member) end
   end
   redis.call('DEL', speeds_key(worker))
 end
 
+-- Counts that a worker died of a job; true if that was once too often, and the job failed. It may wait or run again by now.
+local function died_of(id, limit)
+  local status = redis.call('HGET', job_key(id), 'status')
+  if status ~= 'queued' and status ~= 'started' then return false end
+  if redis.call('HINCRBY', job_key(id), 'deaths', 1) < limit then return false end
+  end_job(id, 'failed', WORKER_LOST)
+  if status == 'started' then ask_to_stop(id) end
+  return true
+end
+
 -- A worker that is gone gives back all that it held, in two halves that run apart from each other and from all else, so
 -- that a job that kills its worker is found: it ends up alone. A job that was alone when its worker's process died `limit`
--- times fails; limit nil: nobody saw the process die, so nothing is counted. Returns how many jobs it held.
+-- times fails; limit nil: nobody saw the process die, so nothing is counted, unless that is seen later: a GPU that hangs
+-- costs a worker its lease first. Returns how many jobs it held.
 local function bury(worker, limit)
-  local ids = still_held(redis.call('SMEMBERS', held_key(worker)))
+  local ids, lost = still_held(redis.call('SMEMBERS', held_key(worker))), redis.call('GET', lost_key(worker))
   forget_worker(worker)
-  if #ids == 1 and limit and redis.call('HINCRBY', job_key(ids[1]), 'deaths', 1) >= limit then
-    end_job(ids[1], 'failed', WORKER_LOST)
-    return 1
+  local alone = #ids == 1 and ids[1] or #ids == 0 and lost
+  if alone and limit then
+    if died_of(alone, limit) then return #ids end
+  elseif alone then
+    redis.call('SET', lost_key(worker), alone, 'EX', LOST_S)
   end
   for n, id in ipairs(ids) do put_back(id, worker .. (n <= #ids / 2 and '/b' or '/a')) end
   return #ids

@@ -5,6 +5,7 @@
 -- Returns those that should stop: canceled, past their deadline, or no longer its own.
 local worker, models = ARGV[1], tonumber(ARGV[2])
 redis.call('ZADD', LEASES, decimal(NOW + LEASE_S), worker)
+redis.call('DEL', lost_key(worker))  -- it did not die of that one
 redis.call('ZREMRANGEBYSCORE', WORKERS, '-inf', decimal(NOW - 60))
 for _, member in ipairs(redis.call('ZRANGE', WORKERS, 0, -1)) do
   if cjson.decode(member)[2] == worker then redis.call('ZREM', WORKERS, member) end
@@ -26,6 +27,7 @@ for n = 3 + 2 * models, #ARGV do
   local f = redis.call('HMGET', job_key(id), 'status', 'execution', 'cancel_requested')
   local ours = f[1] == 'started' and f[2] == execution
   listed[ARGV[n]] = true
+  if not ours and f[1] ~= 'queued' and f[1] ~= 'started' and entry_of(id) then cross_out(id) end  -- a tool of RQ's ended it
   if not ours or f[3] or end_if_late(id, 'started', meta_of(id)) then stop[#stop + 1] = ARGV[n] end
 end
 local unlisted = {}
