@@ -6,15 +6,16 @@ import { drop, keep, names, recallJson } from "./storage.js";
 const PREFIX = "darkroom.generation.";
 const MOST = 200;
 
-/** Says `change` with detail {id} when one changed, came or went. */
+/** Says `change` with detail {id} when one changed, came or went; `arrive` too when another tab put it here. */
 export class Album extends EventTarget {
   #records = new Map();
 
   constructor() {
     super();
-    for (const name of names(localStorage, PREFIX)) {
-      const record = recallJson(localStorage, name, null);
+    for (const name of names("localStorage", PREFIX)) {
+      const record = recallJson("localStorage", name, null);
       if (record?.generation?.id) this.#records.set(record.generation.id, record);
+      else drop("localStorage", name); // nothing else would
     }
     addEventListener("storage", (event) => this.#changedElsewhere(event));
   }
@@ -31,6 +32,11 @@ export class Album extends EventTarget {
 
   get unfinished() {
     return this.ids.filter((id) => this.isOpen(id));
+  }
+
+  /** Whether one more would push the oldest out. */
+  get isFull() {
+    return this.#records.size >= MOST;
   }
 
   isOpen(id) {
@@ -58,7 +64,7 @@ export class Album extends EventTarget {
 
   remove(id) {
     this.#records.delete(id);
-    drop(localStorage, PREFIX + id);
+    drop("localStorage", PREFIX + id);
     this.#tell(id);
   }
 
@@ -68,23 +74,31 @@ export class Album extends EventTarget {
 
   #keep(id) {
     for (const old of this.ids.slice(MOST)) this.remove(old);
+    if (!this.#records.has(id)) return; // it was itself the oldest
     const text = JSON.stringify(this.#records.get(id));
-    if (keep(localStorage, PREFIX + id, text)) return;
+    if (keep("localStorage", PREFIX + id, text)) return;
     const oldest = this.ids.slice(-Math.ceil(this.#records.size / 4));
     for (const old of oldest) if (old !== id && !this.isOpen(old)) this.remove(old);
-    keep(localStorage, PREFIX + id, text);
+    keep("localStorage", PREFIX + id, text);
   }
 
   #changedElsewhere({ key, newValue }) {
     if (!key?.startsWith(PREFIX)) return;
     const id = key.slice(PREFIX.length);
-    if (newValue === null) this.#records.delete(id);
-    else this.#records.set(id, JSON.parse(newValue));
+    if (newValue === null) {
+      this.#records.delete(id);
+      this.#tell(id);
+      return;
+    }
+    const record = recallJson("localStorage", key, null);
+    if (record?.generation?.id !== id) return;
+    this.#records.set(id, record);
     this.#tell(id);
+    this.#tell(id, "arrive");
   }
 
-  #tell(id) {
-    this.dispatchEvent(new CustomEvent("change", { detail: { id } }));
+  #tell(id, name = "change") {
+    this.dispatchEvent(new CustomEvent(name, { detail: { id } }));
   }
 }
 

@@ -21,15 +21,17 @@ export class Follower {
 
   /**
    * Calls `onChange` with the generation at each change, `onPreview` with a data: url. Returns once it has ended.
-   * Where no stream can be had, or one breaks, it looks every now and then. Refusal: this caller may not see it.
+   * Where no stream can be had or `streams` is off, or one breaks, it looks every now and then. Refusal: this caller
+   * may not see it.
    */
-  async follow(id, { onChange, onPreview, signal }) {
+  async follow(id, { onChange, onPreview, signal, streams = true }) {
     const followed = { id, onChange, onPreview, signal, generation: null, lastId: "" };
     while (!signal.aborted) {
       let wait = LOOK_MS;
       try {
         change(followed, await this.server.generation(id));
-        if (!hasEnded(followed.generation) && this.#streams < MOST_STREAMS) await this.#stream(followed);
+        const open = !hasEnded(followed.generation);
+        if (open && streams && this.#streams < MOST_STREAMS) await this.#stream(followed);
       } catch (error) {
         if (signal.aborted) return;
         if (error instanceof Refusal && [401, 403, 404].includes(error.status)) throw error;

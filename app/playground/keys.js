@@ -9,9 +9,11 @@ export class Keys {
   #asking = null;
   #declined = false;
   #needed = false;
+  #owner;
 
   constructor() {
-    this.key = recall(sessionStorage, NAME) ?? recall(localStorage, NAME) ?? "";
+    this.key = recall("sessionStorage", NAME) ?? recall("localStorage", NAME) ?? "";
+    this.#owner = this.key;
     this.dialog = byId("key-dialog");
     this.text = byId("key-text");
     byId("key").addEventListener("click", () => this.#open("What you ask for is sent with this key."));
@@ -24,6 +26,11 @@ export class Keys {
   /** After the user asked for something: a key may be asked for again. */
   reconsider() {
     this.#declined = false;
+  }
+
+  /** After the server took a key: what is shown is its holder's. */
+  taken(key) {
+    if (key === this.key) this.#owner = key; // else it was changed since
   }
 
   /** Asks for another key than `used`, which was refused for `reason`. Whether there is one now. */
@@ -42,7 +49,7 @@ export class Keys {
     this.#asking ??= new Promise((resolve) => {
       byId("key-reason").textContent = reason;
       byId("key-forget").hidden = !this.key;
-      byId("key-remember").checked = recall(localStorage, NAME) !== null;
+      byId("key-remember").checked = recall("localStorage", NAME) !== null;
       this.text.value = "";
       this.dialog.returnValue = "";
       this.dialog.addEventListener("close", resolve, { once: true });
@@ -63,13 +70,17 @@ export class Keys {
     else this.text.focus();
   }
 
+  /** Says `darkroom:key` with detail {isAnothers}: whether what is shown is another key's, or a forgotten one's. */
   #use(key, remember) {
+    // A key that was mistyped owned nothing: what the right one shows stays
+    const isAnothers = !key || (this.#owner !== "" && this.#owner !== key);
+    if (isAnothers) this.#owner = "";
     this.key = key;
-    for (const storage of [sessionStorage, localStorage]) drop(storage, NAME);
-    if (key) keep(remember ? localStorage : sessionStorage, NAME, key);
+    for (const storage of ["sessionStorage", "localStorage"]) drop(storage, NAME);
+    if (key) keep(remember ? "localStorage" : "sessionStorage", NAME, key);
     this.#declined = false;
     this.#show();
-    dispatchEvent(new Event("darkroom:key"));
+    dispatchEvent(new CustomEvent("darkroom:key", { detail: { isAnothers } }));
   }
 
   #show() {

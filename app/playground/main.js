@@ -62,13 +62,13 @@ async function bodiesOfForm() {
 }
 
 async function develop() {
-  keys.reconsider();
-  const bodies = await bodiesOfForm();
-  if (!bodies) return;
   const button = byId("develop");
+  if (button.disabled) return; // keys send the form although its button is off
   button.disabled = true;
   try {
-    await tried(() => createAll(bodies));
+    keys.reconsider();
+    const bodies = await bodiesOfForm();
+    if (bodies) await tried(() => createAll(bodies));
   } finally {
     button.disabled = false;
   }
@@ -91,7 +91,8 @@ async function createAll(bodies) {
   stage.reveal();
 }
 
-async function follow(id) {
+/** streams: whether to listen rather than to look every now and then. */
+async function follow(id, { streams = true } = {}) {
   if (followed.has(id)) return;
   const stop = new AbortController();
   followed.set(id, stop);
@@ -102,14 +103,19 @@ async function follow(id) {
   };
   const onPreview = (url) => stage.preview(id, url);
   try {
-    await follower.follow(id, { onChange, onPreview, signal: stop.signal });
+    await follower.follow(id, { onChange, onPreview, signal: stop.signal, streams });
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
     if (error.status === 404) album.lose(id);
     else request.showRefusal(error);
   } finally {
-    followed.delete(id);
+    if (followed.get(id) === stop) followed.delete(id);
   }
+}
+
+function unfollow(id) {
+  followed.get(id)?.abort();
+  followed.delete(id);
 }
 
 /** Says aloud what happened, not each step. */
@@ -136,7 +142,6 @@ async function refresh(id) {
 
 async function forget(id) {
   await tried(async () => {
-    followed.get(id)?.abort();
     try {
       await server.forget(id);
     } catch (error) {
@@ -188,6 +193,7 @@ function readiness(known, loaded) {
 }
 
 let olderCursor = null;
+let hasOlder = true;
 
 /** Puts the next page of the caller's generations into the album. */
 async function older() {
@@ -195,19 +201,17 @@ async function older() {
     const { generations, next } = await server.page(olderCursor);
     generations.forEach((generation) => album.put(generation));
     olderCursor = next;
-    byId("older").hidden = next === null;
+    hasOlder = next !== null;
+    offerOlder();
     stage.showSomething();
     generations.filter(({ id }) => album.isOpen(id)).forEach(({ id }) => follow(id));
     announce(`${generations.length} more`);
   });
 }
 
-/** The key was forgotten: so is what it showed, for the urls of pictures need no key. */
-function leave() {
-  for (const stop of followed.values()) stop.abort();
-  album.clear();
-  olderCursor = null;
-  byId("older").hidden = false;
+/** A full album would let go of what older ones it is given. */
+function offerOlder() {
+  byId("older").hidden = !hasOlder || album.isFull;
 }
 
 request.addEventListener("develop", develop);
@@ -224,12 +228,24 @@ for (const prompt of STARTERS) {
   const onclick = () => request.write(prompt);
   byId("starters").append(element("li", {}, element("button", { type: "button", class: "starter", onclick }, prompt)));
 }
-addEventListener("darkroom:key", () => {
-  if (!keys.key) leave();
+album.addEventListener("change", ({ detail: { id } }) => {
+  if (!album.record(id)) unfollow(id);
+  offerOlder();
+});
+album.addEventListener("arrive", ({ detail: { id } }) => {
+  // Without a stream: the tab that asked has one, and a browser opens few connections to a server, over all tabs
+  if (album.isOpen(id)) follow(id, { streams: false });
+});
+addEventListener("darkroom:key", ({ detail: { isAnothers } }) => {
+  if (isAnothers) album.clear(); // what a key showed goes with it, for the urls of pictures need no key
+  olderCursor = null; // it was a place in the list of the key before
+  hasOlder = true;
+  offerOlder();
   lookForModels();
 });
 document.addEventListener("visibilitychange", () => document.hidden || lookForModels());
 setInterval(() => document.hidden || lookForModels(), MODELS_EVERY_MS);
 stage.showSomething();
+offerOlder();
 await lookForModels();
 for (const id of album.unfinished) follow(id);

@@ -13,7 +13,7 @@ const FIELDS = [...TEXTS, "model", "width", "height", ...DIALS, "num_images"];
 
 export class RequestForm extends EventTarget {
   #modelNames = "";
-  #restored = recallJson(localStorage, NAME, {});
+  #restored = recallJson("localStorage", NAME, {});
 
   constructor() {
     super();
@@ -37,7 +37,8 @@ export class RequestForm extends EventTarget {
       this.dispatchEvent(new Event("develop"));
     });
     byId("prompt").addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.form.requestSubmit();
+      const isHeld = event.repeat; // a key that is held down asks once
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !isHeld) this.form.requestSubmit();
     });
   }
 
@@ -271,7 +272,7 @@ export class RequestForm extends EventTarget {
     kept.locked = this.lock.getAttribute("aria-pressed") === "true";
     Object.assign(kept, { steps: byId("steps").value, guidance_scale: byId("guidance_scale").value });
     kept.deterministic = byId("deterministic").checked;
-    keep(localStorage, NAME, JSON.stringify(kept));
+    keep("localStorage", NAME, JSON.stringify(kept));
   }
 
   #restore(kept) {

@@ -88,7 +88,10 @@ export class Server {
       const key = this.keys.key;
       const allHeaders = key ? { ...headers, authorization: `Bearer ${key}` } : headers;
       const answer = await this.#fetch(path, { method, body, headers: allHeaders, signal });
-      if (answer.ok) return answer;
+      if (answer.ok) {
+        this.keys.taken(key);
+        return answer;
+      }
       const refusal = await refusalOf(answer);
       if (answer.status !== 401 || !(await this.keys.ask(key, refusal.message))) throw refusal;
     }

@@ -15,7 +15,7 @@ function curl(body, url, keyed) {
   const file = body.output_format ?? "png";
   const wait = keyed ? `curl -sS -H "authorization: Bearer $DARKROOM_API_KEY"` : "curl -sS";
   const pictures = range(body.num_images ?? 1).map(
-    (n) => `curl -sS --fail -o picture-${n}.${file} "$(jq -r '.images[${n}].url' generation.json)"`,
+    (n) => `  curl -sSL --fail -o picture-${n}.${file} "$(jq -r '.images[${n}].url' generation.json)"`,
   );
   return `# Ask, and wait up to 60 seconds for the end
 curl -sS ${url}/v1/generations -o generation.json \\
@@ -24,13 +24,19 @@ curl -sS ${url}/v1/generations -o generation.json \\
 ${JSON.stringify(body, null, 2)}
 JSON
 
-# If that was not enough, look again until the status is "succeeded"
-until jq -e '.status | IN("succeeded", "failed", "canceled")' generation.json > /dev/null; do
+# If that was not enough, look again until it has ended
+while jq -e '.status | IN("queued", "running")' generation.json > /dev/null; do
   sleep 2
   ${wait} -o generation.json "$(jq -r .urls.self generation.json)"
 done
 
+# The pictures, or why there are none
+if jq -e '.status == "succeeded"' generation.json > /dev/null; then
 ${pictures.join("\n")}
+else
+  jq '.error // .status' generation.json >&2
+  false
+fi
 `;
 }
 
@@ -42,7 +48,7 @@ from pathlib import Path
 
 import httpx
 
-with httpx.Client(base_url=${python(url)}, timeout=70${headers}) as client:
+with httpx.Client(base_url=${python(url)}, timeout=70, follow_redirects=True${headers}) as client:
     answer = client.post("/v1/generations", json=${python(body, 1)})
     answer.raise_for_status()
     generation = answer.json()

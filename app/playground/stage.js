@@ -14,7 +14,7 @@ export class Stage {
     this.actions = actions;
     this.node = byId("stage");
     album.addEventListener("change", ({ detail }) => this.#changed(detail.id));
-    this.show(recallJson(localStorage, NAME, []));
+    this.show(recallJson("localStorage", NAME, []));
   }
 
   /** Puts generations side by side. shown: [{id, only}], `only` the number of the one picture to show, or null. */
@@ -72,7 +72,7 @@ export class Stage {
     box.hidden = !this.#prints.length;
     byId("empty").hidden = this.#prints.length > 0;
     this.#markDifferences();
-    keep(localStorage, NAME, JSON.stringify(this.#prints.map(({ id, only }) => ({ id, only }))));
+    keep("localStorage", NAME, JSON.stringify(this.#prints.map(({ id, only }) => ({ id, only }))));
   }
 
   /** Where several lie side by side, marks the facts in which they differ. */

@@ -1,33 +1,36 @@
-/** The browser's storage, which may be off, full or emptied at any time: what it cannot keep lasts as long as the page. */
+/**
+ * The browser's storage, which may be off, full or emptied at any time: what it cannot keep lasts as long as the page.
+ * It is given by name, "localStorage" or "sessionStorage": where a browser blocks it, already a look at it throws.
+ */
 
-const held = new Map();
+const held = { localStorage: new Map(), sessionStorage: new Map() };
 
 /** The text kept under a name, or null. */
 export function recall(storage, name) {
   try {
-    return storage.getItem(name) ?? held.get(name) ?? null;
+    return window[storage].getItem(name) ?? held[storage].get(name) ?? null;
   } catch {
-    return held.get(name) ?? null;
+    return held[storage].get(name) ?? null;
   }
 }
 
 /** Keeps a text under a name. Whether the storage took it. */
 export function keep(storage, name, text) {
   try {
-    storage.setItem(name, text);
-    held.delete(name);
+    window[storage].setItem(name, text);
+    held[storage].delete(name);
     return true;
   } catch {
-    held.set(name, text);
+    held[storage].set(name, text);
     return false;
   }
 }
 
 /** Forgets what is kept under a name. */
 export function drop(storage, name) {
-  held.delete(name);
+  held[storage].delete(name);
   try {
-    storage.removeItem(name);
+    window[storage].removeItem(name);
   } catch {
     // nothing is kept there then
   }
@@ -35,10 +38,11 @@ export function drop(storage, name) {
 
 /** All names that begin so. */
 export function names(storage, prefix) {
-  const found = new Set([...held.keys()].filter((name) => name.startsWith(prefix)));
+  const found = new Set([...held[storage].keys()].filter((name) => name.startsWith(prefix)));
   try {
-    for (let n = 0; n < storage.length; n++) {
-      if (storage.key(n).startsWith(prefix)) found.add(storage.key(n));
+    const kept = window[storage];
+    for (let n = 0; n < kept.length; n++) {
+      if (kept.key(n).startsWith(prefix)) found.add(kept.key(n));
     }
   } catch {
     // nothing is kept there then

@@ -48,10 +48,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path) -> Iterat
     folder = tmp_path_factory.mktemp("keyed")
     up = Up(folder, f"tiny={tiny_bundle}", DARKROOM_AUTH="on")
     up.wait_until_said("Darkroom is ready")
-    env = darkroom_env() | {"DARKROOM_DATA_DIR": str(up.data)}
-    command = [sys.executable, "-m", "app.cli", "keys", "add", "browser", "--write", str(folder / "key")]
-    subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, timeout=60)
-    yield up, (folder / "key").read_text().strip()
+    yield up, add_key(up, "browser")
     up.stop()
 
 
@@ -97,6 +94,15 @@ def page(open_page: Callable[..., Page], site: Up) -> Page:
     page = open_page(site.url)
     expect(page.get_by_role("radio", name="demo")).to_be_checked()
     return page
+
+
+def add_key(up: Up, name: str) -> str:
+    """A new key of a server that asks for keys."""
+    env = darkroom_env() | {"DARKROOM_DATA_DIR": str(up.data)}
+    file = up.data.parent / f"key-{name}"
+    command = [sys.executable, "-m", "app.cli", "keys", "add", name, "--write", str(file)]
+    subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, timeout=60)
+    return file.read_text().strip()
 
 
 def develop(page: Page, prompt: str, steps: int | None = 4) -> None:

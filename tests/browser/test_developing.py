@@ -12,10 +12,11 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from tests.browser.conftest import PICTURE_MS, develop, expect_pictures, shoot, use_key
 from tests.e2e.conftest import ROOT, Up, darkroom_env
+from tests.presigned import PICTURE, presigned
 
 MOON = "a yellow moon above a purple cloud, night sky"
 CIRCLE = "a red circle on a white background"
@@ -94,6 +95,44 @@ def test_what_the_server_refuses_is_shown_at_its_field(page: Page) -> None:
     expect(prompt).to_have_accessible_description(re.compile("at most 10,000 characters"))
     expect(prompt).to_be_focused()
     expect(page.get_by_role("button", name="Develop")).to_be_enabled()
+
+
+def test_keys_pressed_again_while_it_is_asked_for_ask_for_no_more(page: Page) -> None:
+    held: list[Route] = []
+    page.route("**/v1/generations", lambda route: held.append(route))
+    prompt = page.get_by_label("Prompt", exact=True)
+    prompt.fill(CIRCLE)
+    for _ in range(3):
+        prompt.press("Control+Enter")
+    expect(page.get_by_role("button", name="Develop")).to_be_disabled()
+    held[0].continue_()
+    expect(page.get_by_role("button", name="Develop")).to_be_enabled()
+    expect_pictures(page, 1)
+    assert len(held) == 1
+
+
+def test_keys_held_down_ask_once(page: Page) -> None:
+    asked: list[str] = []
+
+    def refuse(route: Route) -> None:
+        asked.append((route.request.post_data_json or {})["prompt"])
+        route.fulfill(status=422, json={"error": {"message": f"Not {asked[-1]}.", "field": "prompt"}})
+
+    page.route("**/v1/generations", refuse)
+    prompt = page.get_by_label("Prompt", exact=True)
+    prompt.fill("once")
+    page.keyboard.down("Control")
+    page.keyboard.down("Enter")
+    expect(prompt).to_have_accessible_description("Not once.")
+    expect(page.get_by_role("button", name="Develop")).to_be_enabled()
+    page.keyboard.down("Enter")  # that it is still held: the browser says so again and again
+    page.keyboard.up("Enter")
+    page.keyboard.up("Control")
+    expect(page.get_by_role("button", name="Develop")).to_be_enabled()
+    prompt.fill("again")
+    prompt.press("Control+Enter")
+    expect(prompt).to_have_accessible_description("Not again.")
+    assert asked == ["once", "again"]
 
 
 def test_a_server_that_is_away_is_said_and_the_form_can_be_sent_again(page: Page) -> None:
@@ -192,19 +231,28 @@ def test_a_picture_fills_the_form_to_be_used_again(page: Page) -> None:
     expect(page.get_by_role("button", name="16:9")).to_have_attribute("aria-pressed", "true")
 
 
-def run_copied(page: Page, language: str, folder: Path, **env: str) -> None:
-    """Runs the code that the page gives for its form."""
+def run_code(language: str, code: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs code that the page gives; curl's as a shell does into which it is pasted, which goes on after a failure."""
     if language == "curl" and not (shutil.which("curl") and shutil.which("jq")):
         pytest.skip("no curl, or no jq: apt install curl jq")
-    run = ["bash", "-euo", "pipefail", "-c"] if language == "curl" else [sys.executable, "-c"]
+    run = ["bash", "-c"] if language == "curl" else [sys.executable, "-c"]
+    env = darkroom_env() | env
+    return subprocess.run([*run, code], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+
+
+def copied(page: Page, language: str) -> str:
+    """The code that the page gives for its form."""
     page.get_by_role("button", name="Code").first.click()
     page.get_by_role("tab", name=language).click()
     page.get_by_role("button", name="Copy").click()
     expect(page.get_by_role("button", name="Copied")).to_be_visible()
-    code = page.evaluate("navigator.clipboard.readText()")
-    ran = subprocess.run(
-        [*run, code], cwd=folder, env=darkroom_env() | env, capture_output=True, text=True, timeout=120
-    )
+    code: str = page.evaluate("navigator.clipboard.readText()")
+    return code
+
+
+def run_copied(page: Page, language: str, folder: Path, **env: str) -> None:
+    """Runs the code that the page gives for its form."""
+    ran = run_code(language, copied(page, language), folder, **env)
     assert ran.returncode == 0, ran.stderr
 
 
@@ -236,6 +284,29 @@ def test_copied_code_sends_the_key_and_fetches_every_picture(
     pictures = [(tmp_path / f"picture-{n}.png").read_bytes() for n in range(2)]
     assert pictures[0].startswith(b"\x89PNG")
     assert pictures[0] != pictures[1]
+
+
+@pytest.mark.parametrize("language", ["curl", "Python"])
+def test_copied_code_ends_where_it_is_refused(
+    open_page: Callable[..., Page], keyed: tuple[Up, str], language: str, tmp_path: Path
+) -> None:
+    up, key = keyed
+    page = open_page(up.url, permissions=CLIPBOARD)
+    use_key(page, key)
+    page.get_by_label("Prompt", exact=True).fill(CIRCLE)
+    ran = run_code(language, copied(page, language), tmp_path, DARKROOM_API_KEY="dr_000000000000_wrong")
+    assert ran.returncode != 0
+    assert ("unauthorized" if language == "curl" else "401") in ran.stderr
+    assert list(tmp_path.glob("picture-*")) == []
+
+
+@pytest.mark.parametrize("language", ["curl", "Python"])
+def test_copied_code_follows_urls_of_pictures_that_redirect(page: Page, language: str, tmp_path: Path) -> None:
+    ask = "async url => (await import('/playground/snippets.js')).snippets({ model: 'demo', prompt: 'a' }, url, false)"
+    with presigned() as url:
+        ran = run_code(language, dict(page.evaluate(ask, url))[language], tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "picture-0.png").read_bytes() == PICTURE
 
 
 def test_languages_of_code_are_changed_by_arrow_keys(page: Page) -> None:

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from playwright.sync_api import Page, Route, expect
 
-from tests.browser.conftest import PICTURE_MS, develop, expect_pictures, shoot, use_key
+from tests.browser.conftest import PICTURE_MS, add_key, develop, expect_pictures, shoot, use_key
 from tests.e2e.conftest import Up
 
 CIRCLE = "a red circle on a white background"
@@ -54,6 +54,35 @@ def test_what_is_typed_before_the_models_are_known_stays_and_becomes_code(page: 
     expect(page.get_by_role("spinbutton", name="Steps")).to_have_value("3")
 
 
+def test_a_browser_that_keeps_nothing_makes_pictures_all_the_same(page: Page) -> None:
+    page.add_init_script(
+        """for (const name of ["localStorage", "sessionStorage"]) {
+            const get = () => { throw new DOMException("Access is denied.", "SecurityError"); };
+            Object.defineProperty(window, name, { get });
+        }"""
+    )
+    page.reload()
+    expect(page.get_by_role("radio", name="demo")).to_be_checked()
+    develop(page, CIRCLE)
+    expect_pictures(page, 1)
+    expect(page.locator("#frames img")).to_have_count(1)
+    page.get_by_role("button", name="Delete").click()
+    expect(page.locator(".frame")).to_have_count(0)
+
+
+def test_a_key_lasts_as_long_as_the_page_where_the_browser_keeps_nothing(
+    open_page: Callable[..., Page], keyed: tuple[Up, str]
+) -> None:
+    up, key = keyed
+    page = open_page(up.url)
+    page.add_init_script("Storage.prototype.setItem = () => { throw new DOMException('', 'QuotaExceededError'); }")
+    page.reload()
+    use_key(page, key)
+    expect(page.get_by_role("radio", name="tiny")).to_be_checked()
+    page.get_by_role("button", name="Key").click()
+    expect(page.get_by_label("Remember it")).not_to_be_checked()
+
+
 def test_a_reload_goes_on_with_what_runs(page: Page) -> None:
     develop(page, CIRCLE, steps=16)
     expect(page.locator(".print-state")).to_contain_text("Developing", timeout=PICTURE_MS)
@@ -71,6 +100,85 @@ def test_a_deleted_picture_is_gone_here_and_there(page: Page, site: Up) -> None:
     assert httpx.get(newest["urls"]["self"]).status_code == 404
     page.reload()
     expect(page.get_by_text("Nothing developed yet.")).to_be_visible()
+
+
+def test_what_could_not_be_deleted_is_still_followed(page: Page) -> None:
+    def refuse_to_delete(route: Route) -> None:
+        if route.request.method == "DELETE":
+            route.fulfill(status=503, json={"error": {"code": "unavailable", "message": "Not now."}})
+        else:
+            route.continue_()
+
+    page.route("**/v1/generations/*", refuse_to_delete)
+    develop(page, CIRCLE, steps=30)
+    expect(page.locator(".print-state")).to_contain_text("Developing", timeout=PICTURE_MS)
+    page.get_by_role("button", name="Delete").click()
+    expect(page.get_by_role("alert")).to_have_text("Not now.")
+    expect_pictures(page, 1)
+
+
+def test_what_another_tab_asks_for_is_followed_here_too(page: Page) -> None:
+    other = page.context.new_page()
+    other.goto(page.url)
+    expect(other.get_by_role("radio", name="demo")).to_be_checked()
+    develop(page, CIRCLE, steps=30)
+    expect(other.locator(".frame")).to_have_count(1)
+    page.close()
+    expect(other.locator("#frames img")).to_have_count(1, timeout=PICTURE_MS)
+
+
+def test_what_another_tab_deletes_stays_deleted(page: Page) -> None:
+    develop(page, CIRCLE, steps=100)
+    expect(page.locator(".print-state")).to_contain_text("Developing", timeout=PICTURE_MS)
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.get_by_role("button", name="Delete").click()
+    expect(page.locator(".frame")).to_have_count(0)
+    expect(other.locator(".frame")).to_have_count(0)
+    kept = "Object.keys(localStorage).filter(name => name.startsWith('darkroom.generation'))"
+    assert page.evaluate(kept) == []
+
+
+def test_what_another_tab_keeps_and_cannot_be_read_is_passed_over(page: Page, site: Up) -> None:
+    other = page.context.new_page()
+    other.goto(f"{site.url}/playground/icon.svg")
+    for text in ("undefined", "{", "null", "{}"):
+        other.evaluate("text => localStorage.setItem('darkroom.generation.0', text)", text)
+    develop(page, CIRCLE)
+    expect_pictures(page, 1)
+    expect(page.locator(".frame")).to_have_count(1)
+    page.reload()
+    expect_pictures(page, 1)
+    assert page.evaluate("localStorage['darkroom.generation.0'] ?? null") is None
+
+
+def test_a_full_gallery_takes_no_earlier_ones(page: Page, site: Up) -> None:
+    develop(page, CIRCLE, steps=1)
+    expect_pictures(page, 1)
+    newest = httpx.get(f"{site.url}/v1/generations?limit=1").json()["generations"][0]
+    page.evaluate(
+        """generation => {
+            for (let n = 100; n < 298; n++) {
+                const record = { generation: { ...generation, id: `later-${n}` }, gone: false };
+                localStorage.setItem(`darkroom.generation.later-${n}`, JSON.stringify(record));
+            }
+        }""",
+        newest,
+    )
+    earlier = [newest | {"id": f"0{n}"} for n in (3, 2, 1)]
+    answer = {"generations": earlier, "next": "cursor"}
+    page.route("**/v1/generations?*", lambda route: route.fulfill(json=answer))
+    page.reload()
+    expect(page.locator(".frame")).to_have_count(199)
+    button = page.get_by_role("button", name="Earlier ones from the server")
+    button.click()
+    expect(button).to_be_hidden()
+    expect(page.locator(".frame")).to_have_count(200)
+    kept = page.evaluate("Object.keys(localStorage).filter(name => name.startsWith('darkroom.generation.'))")
+    assert len(kept) == 200
+    assert [name for name in kept if name.startswith("darkroom.generation.0")] == ["darkroom.generation.03"]
+    page.get_by_role("button", name="Delete").click()
+    expect(button).to_be_visible()
 
 
 def test_a_picture_that_the_server_lost_is_said_so(page: Page, site: Up) -> None:
@@ -256,3 +364,36 @@ def test_the_gallery_is_forgotten_with_the_key(open_page: Callable[..., Page], k
     page.reload()
     page.get_by_role("button", name="Not now").click()
     expect(page.locator(".frame")).to_have_count(0)
+
+
+def test_another_key_shows_another_gallery(open_page: Callable[..., Page], keyed: tuple[Up, str]) -> None:
+    up, key = keyed
+    page = open_page(up.url)
+    use_key(page, key)
+    develop(page, CIRCLE, steps=1)
+    expect_pictures(page, 1)
+    older = page.get_by_role("button", name="Earlier ones from the server")
+    older.click()
+    expect(older).to_be_hidden()
+    page.get_by_role("button", name="Key").click()
+    use_key(page, add_key(up, "another"))
+    expect(page.locator(".frame")).to_have_count(0)
+    with page.expect_request("**/v1/generations?*") as request:
+        older.click()
+    assert "cursor" not in request.value.url
+    expect(older).to_be_hidden()
+    expect(page.get_by_text("Nothing developed yet.")).to_be_visible()
+
+
+def test_a_key_that_was_mistyped_costs_no_gallery(open_page: Callable[..., Page], keyed: tuple[Up, str]) -> None:
+    up, key = keyed
+    page = open_page(up.url)
+    use_key(page, key)
+    develop(page, CIRCLE, steps=1)
+    expect_pictures(page, 1)
+    page.evaluate("sessionStorage.clear()")  # as if the tab was closed
+    page.reload()
+    use_key(page, "dr_000000000000_wrong")
+    expect(page.get_by_role("dialog").locator("#key-reason")).not_to_have_text("It was started with API keys on.")
+    use_key(page, key)
+    expect_pictures(page, 1)

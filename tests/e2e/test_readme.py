@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from tests.e2e.conftest import ROOT, Up
+from tests.presigned import PICTURE, presigned
 
 pytestmark = [
     pytest.mark.e2e,
@@ -57,6 +58,14 @@ def test_the_readme_leads_from_a_prompt_to_its_picture_and_cancels_a_job(demo: U
     canceled = json.loads(ran.stdout[end:])
     assert seen["id"] == canceled["id"]
     assert canceled["status"] == "canceled" or canceled["cancel_requested"]
+
+
+def test_the_readmes_picture_is_fetched_where_its_url_redirects(tmp_path: Path) -> None:
+    [example] = [example for example in EXAMPLES if "-o picture.png" in example]
+    with presigned() as url:
+        (tmp_path / "generation.json").write_text(json.dumps({"images": [{"url": f"{url}/v1/images/0"}]}))
+        subprocess.run(["bash", "-euo", "pipefail", "-c", example], cwd=tmp_path, check=True, timeout=30)
+    assert (tmp_path / "picture.png").read_bytes() == PICTURE
 
 
 @pytest.mark.parametrize("example", PYTHON_EXAMPLES)
