@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -61,9 +61,8 @@ def add(
     """Make a key and print it: this once, for only its hash is kept."""
     with _keyring("add") as (keyring, _):
         try:
-            _await_redis(keyring, wait_s)
             key, text = new_key(name, scopes=tuple(scope or USUAL_SCOPES), rate=rate, max_active=max_active)
-            live = {key.id for key in keyring.known() if key.revoked_at is None}
+            live = {key.id for key in _known(keyring, wait_s) if key.revoked_at is None}
             if if_none and live:
                 typer.echo("there is a key already; none was made", err=True)
                 return
@@ -148,13 +147,12 @@ def _keyring(verb: str) -> Iterator[tuple[Keyring, ContractSettings]]:
         fail(no_answer(error, settings, f"keys {verb}"))
 
 
-def _await_redis(keyring: Keyring, wait_s: float) -> None:
-    """Returns once it answers; QueueUnavailable, if it does not in time."""
+def _known(keyring: Keyring, wait_s: float) -> Sequence[ApiKey]:
+    """The keys, once Redis answers; QueueUnavailable, if it does not in time."""
     end = time.monotonic() + wait_s
     while True:
         try:
-            keyring.known()
-            return
+            return keyring.known()
         except QueueUnavailable:
             if time.monotonic() >= end:
                 raise

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from model.config import MMDiTConfig, VAEConfig
+from model.config import MOST_LAYERS, MMDiTConfig, VAEConfig
 from model.keys import Rule, mmdit_rules, vae_rules
 from model.mmdit import MMDiT
 from model.sampling import SHIFT, TRAIN_STEPS, Growth, Shift
@@ -39,9 +39,6 @@ UNSHIFTED = Shift(1.0)
 LARGEST_LOG_SHIFT = 10.0
 MOST_TOKENS = 16_384  # twice what two megapixels have
 LARGEST_NUMBER = 1e9
-MOST_LAYERS = 256
-"""Several times what any such net has: each layer costs time and memory before a name in the files is compared."""
-
 JSON_LIMIT = 2**24  # bytes; indexes of shards are the longest, and take a hundredth
 
 Json = dict[str, Any]

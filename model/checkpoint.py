@@ -29,8 +29,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-from model.bundle import MOST_LAYERS, TOKENIZERS, export_diffusers
-from model.config import VARIANTS, MMDiTConfig, VAEConfig
+from model.bundle import TOKENIZERS, export_diffusers
+from model.config import MOST_LAYERS, VARIANTS, MMDiTConfig, VAEConfig
 from model.device import on
 from model.fp8 import FP8, SCALES, use_fp8
 from model.kernels.elementwise import quantized
@@ -178,7 +178,7 @@ def outline(path: Path, *, load_t5: bool = True, variant: str | None = None) -> 
     """
     sources = find(Path(path), load_t5)
     name = variant_of(sources.mmdit_config, variant)
-    _check_widths(sources)
+    _check_sizes(sources)
     return Outline(sources.mmdit_config, name, sources.revision, parameters(_mmdit_plan(sources).net))
 
 
@@ -197,7 +197,7 @@ def parameters(net: nn.Module) -> int:
 
 def _plans(sources: Sources, fp8: bool) -> dict[str, _Plan[Any]]:
     """A plan for each net, all widths, names and shapes checked."""
-    _check_widths(sources)
+    _check_sizes(sources)
     layout = original if sources.original else tuple
     clip_l, clip_g = sources.clip_l_config, sources.clip_g_config
     plans: dict[str, _Plan[Any]] = {
@@ -343,10 +343,10 @@ def _fill_position_ids(net: nn.Module, device: torch.device) -> None:
             owner.position_ids = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
 
 
-def _check_widths(sources: Sources) -> None:
+def _check_sizes(sources: Sources) -> None:
     """The parts must be small enough to be built, and fit each other and what is the same for every model."""
     mmdit, vae, clips = sources.mmdit_config, sources.vae_config, (sources.clip_l_config, sources.clip_g_config)
-    layers = {MMDIT: mmdit.depth, VAE_PART: vae.encoder_blocks, T5: getattr(sources.t5_config, "num_layers", 1)}
+    layers = {VAE_PART: vae.encoder_blocks, T5: getattr(sources.t5_config, "num_layers", 1)}
     layers |= {part: clip.num_hidden_layers for part, clip in zip((CLIP_L, CLIP_G), clips, strict=True)}
     for part, count in layers.items():
         if not 1 <= count <= MOST_LAYERS:

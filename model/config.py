@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from model.params import Sampler
 
+MOST_LAYERS = 256
+"""Several times what any such net has: each layer costs time and memory before a name in the files is compared."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MMDiTConfig:
@@ -24,6 +27,8 @@ class MMDiTConfig:
     mlp_ratio: int = 4
 
     def __post_init__(self) -> None:
+        if not 1 <= self.depth <= MOST_LAYERS:
+            raise ValueError(f"depth is {self.depth}, expected from 1 to {MOST_LAYERS}")
         if self.hidden % self.heads:
             raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
         if any(not 0 <= block < self.depth for block in self.dual_blocks):

@@ -460,7 +460,7 @@ WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no layers": (
         lambda f: edited_json(f / "transformer/config.json", num_layers=0, dual_attention_layers=[]),
-        "the layers of the MMDiT: found 0, expected from 1 to 256",
+        "transformer/config.json: no such network can be built: depth is 0, expected from 1 to 256",
     ),
     "patches of another size": (
         lambda f: edited_json(f / "transformer/config.json", patch_size=4),
@@ -576,7 +576,7 @@ WRONG_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "more blocks than any MMDiT has": (
         lambda m: edited(m, with_blocks(257)),
-        "the layers of the MMDiT: found 257, expected from 1 to 256",
+        "sd3.5_tiny.safetensors: its tensors are of no known shape: depth is 257, expected from 1 to 256",
     ),
     "patches of another size": (
         lambda m: edited(m, lambda s: s.update({DIFFUSION + "x_embedder.proj.weight": torch.zeros(128, 16, 4, 4)})),
