@@ -175,6 +175,7 @@ def _config(folder: Path, port: int, password: str) -> str:
             "appendfsync always",
             'save ""',
             "maxmemory-policy noeviction",
+            "stream-node-max-bytes 1024",  # a node takes its whole size at once
             f"requirepass {password}",
             "",
         ]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from worker.contract.errors import QueueUnavailable
@@ -77,8 +76,8 @@ class Metrics:
             "darkroom_model_workers", "Live workers that hold the model", ["model"], registry=registry
         )
 
-        self._ended = Ended()
-        registry.register(self._ended)
+        self._from_redis = FromRedis()
+        registry.register(self._from_redis)
 
     def observe(self, *, route: str, method: str, status: int, seconds: float) -> None:
         """Counts one answered request."""
@@ -108,7 +107,7 @@ class Metrics:
         for gauge in (self.queue_depth, self.queue_oldest_age, self.queue_seconds, self.model_workers):
             gauge.clear()
         self.queue_up.set(0 if survey is None else 1)
-        self._ended.counts = survey.ended if survey else {}
+        self._from_redis.survey = survey
         if survey:
             self._show(survey)
         return generate_latest(self.registry)
@@ -122,18 +121,30 @@ class Metrics:
             self.model_workers.labels(model).set(survey.workers(model))
 
 
-class Ended(Collector):
-    """How jobs ended, whoever ended them. Redis counts, for all gateways: what one of them counts ends with it."""
+class FromRedis(Collector):
+    """What Redis tells of itself, and counts for all gateways: what one of them counts ends with it."""
 
-    counts: Mapping[tuple[str, str, str], int] = MappingProxyType({})
+    survey: Survey | None = None
 
     def collect(self) -> Iterable[Metric]:
-        """The one counter."""
+        """As of the survey; without one, nothing has a value."""
         ended = CounterMetricFamily(
             "darkroom_generations_ended",
             "Generations ended, as Redis counts them for all gateways; reason is the code of a failure",
             labels=["model", "outcome", "reason"],
         )
-        for labels, count in self.counts.items():
-            ended.add_metric(labels, count)
-        yield ended
+        dropped = CounterMetricFamily(
+            "darkroom_records_dropped",
+            "Records of ended jobs that went before their time, as Redis was nearly full; counted for all gateways",
+        )
+        memory = GaugeMetricFamily("darkroom_redis_memory_bytes", "Memory that Redis uses")
+        limit = GaugeMetricFamily(
+            "darkroom_redis_memory_limit_bytes", "Memory that Redis may use; 0: nothing bounds it"
+        )
+        if self.survey:
+            for labels, count in self.survey.ended.items():
+                ended.add_metric(labels, count)
+            dropped.add_metric([], self.survey.dropped)
+            for family, size in zip((memory, limit), self.survey.memory, strict=True):
+                family.add_metric([], size)
+        yield from (ended, dropped, memory, limit)

@@ -21,7 +21,7 @@ from worker.contract.link import link_options, reaching_redis, retry_once
 from worker.contract.queue import CARDS, LATE_AT_MOST, PREVIEW_S
 from worker.contract.record import RQ_STATUS, Ended, encode, read_job, read_time
 from worker.contract.settings import ContractSettings
-from worker.contract.transitions import script
+from worker.contract.transitions import EVEN_IF_FULL, script
 
 SUBMITTED = "darkroom:submitted"
 STOP = "darkroom:stop:"
@@ -72,10 +72,10 @@ class Intake:
 
     def publish(self, cards: Iterable[ModelCard]) -> None:
         """Makes models known to the gateways, until an operator forgets them."""
-        mapping = {card.name: card.to_json() for card in cards}
-        if mapping:
+        named = [part for card in cards for part in (card.name, card.to_json())]
+        if named:
             with reaching_redis():
-                self._redis.hset(CARDS, mapping=cast(Any, mapping))
+                self._redis.eval(EVEN_IF_FULL, 0, "HSET", CARDS, *named)
 
     def renew(self, models: Iterable[str], speeds: Mapping[str, float] | None = None) -> None:
         """Says that this worker lives, holds these models and keeps its claims; about every second.

@@ -194,6 +194,13 @@ async def test_metrics_count_how_generations_ended(served: httpx.AsyncClient, wo
     assert named(found, "darkroom_generations_ended_total", model="tiny", outcome="canceled", reason="") == 1
 
 
+async def test_metrics_tell_of_redis_memory_and_of_records_that_went_early(served: httpx.AsyncClient) -> None:
+    found = await samples(served)
+    assert named(found, "darkroom_redis_memory_bytes") > 0
+    assert named(found, "darkroom_redis_memory_limit_bytes") == 0
+    assert named(found, "darkroom_records_dropped_total") == 0
+
+
 async def test_metrics_tell_the_seconds_of_work_also_where_the_speed_was_never_measured(
     served: httpx.AsyncClient, worker: FakeWorker, settings: GatewaySettings
 ) -> None:

@@ -26,6 +26,7 @@ from redis.retry import Retry
 from worker.contract.errors import InvalidField
 from worker.contract.link import connect_async, link_options, reaching_redis
 from worker.contract.settings import ContractSettings
+from worker.contract.transitions import EVEN_IF_FULL
 
 Scope = Literal["generate", "read", "high-priority", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -162,7 +163,7 @@ class Keys:
         now = self._clock()
         if now - self._noted.get(key_id, float("-inf")) >= USED_EVERY_S:
             with reaching_redis():
-                await cast(Any, self.redis.hset(KEYS_USED, key_id, str(int(time.time()))))
+                await cast(Any, self.redis.eval(EVEN_IF_FULL, 0, "HSET", KEYS_USED, key_id, str(int(time.time()))))
             self._noted[key_id] = now
 
     def _remember(self, key_id: str, key: ApiKey | None, now: float) -> None:
@@ -215,7 +216,7 @@ class Keyring:
                 raise InvalidField("name", key.name, "a name that no other key has; revoke that one first")
             pipe.multi()
             if added:
-                pipe.hset(KEYS, key.id, key.to_json())
+                pipe.eval(EVEN_IF_FULL, 0, "HSET", KEYS, key.id, key.to_json())
 
         with reaching_redis():
             self._redis.transaction(put, KEYS)
@@ -231,7 +232,7 @@ class Keyring:
             revoked = replace(found[0], revoked_at=time.time()) if found else None
             pipe.multi()
             if revoked:
-                pipe.hset(KEYS, revoked.id, revoked.to_json())
+                pipe.eval(EVEN_IF_FULL, 0, "HSET", KEYS, revoked.id, revoked.to_json())
 
         with reaching_redis():
             self._redis.transaction(put, KEYS)

@@ -110,6 +110,8 @@ class Survey:
     ended: dict[tuple[str, str, str], int] = field(
         default_factory=dict
     )  # jobs so far, by model, outcome, failure's code
+    dropped: int = 0  # records of ended jobs that went before their time, as Redis was nearly full
+    memory: tuple[int, int] = (0, 0)  # bytes that Redis uses, and those that it may use; 0: nothing bounds it
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
@@ -122,6 +124,8 @@ class Survey:
             waiting={(model, priority): count for model, priority, count, _ in queues},
             oldest_s={(model, priority): _age_s(since, seen["now"]) for model, priority, _, since in queues},
             ended={tuple(json.loads(how)): int(count) for how, count in zip(ended[::2], ended[1::2], strict=True)},
+            dropped=int(seen["dropped"]),
+            memory=(int(seen["memory"][0]), int(seen["memory"][1])),
         )
 
     @property

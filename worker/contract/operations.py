@@ -20,7 +20,7 @@ from worker.contract.link import link_options, reaching_redis
 from worker.contract.queue import JOB_ID, LATE_AT_MOST, WORKER_SEEN_S
 from worker.contract.record import RecordWriter, read_job, read_time
 from worker.contract.settings import ContractSettings
-from worker.contract.transitions import script
+from worker.contract.transitions import EVEN_IF_FULL, script
 
 PAUSED = "darkroom:paused"
 DRAINING = "darkroom:draining"
@@ -151,7 +151,7 @@ class Operations:
         self._require(models)
         with reaching_redis(), self._redis.pipeline(transaction=True) as pipe:
             for model in models:
-                pipe.sadd(PAUSED, model)
+                pipe.eval(EVEN_IF_FULL, 0, "SADD", PAUSED, model)
             pipe.execute()
 
     def drain(self, models: Sequence[str]) -> None:
@@ -159,7 +159,7 @@ class Operations:
         self._require(models)
         with reaching_redis(), self._redis.pipeline(transaction=True) as pipe:
             for model in models:
-                pipe.sadd(DRAINING, model)
+                pipe.eval(EVEN_IF_FULL, 0, "SADD", DRAINING, model)
                 pipe.srem(PAUSED, model)
                 pipe.publish(SUBMITTED, model)
             pipe.execute()

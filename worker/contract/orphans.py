@@ -7,6 +7,7 @@ from typing import Any, cast
 import redis.asyncio
 
 from worker.contract.link import reaching_redis
+from worker.contract.transitions import EVEN_IF_FULL
 
 KEPT_S = 60
 """An orphan is adoptable no longer than this, should the gateway that left it be gone."""
@@ -22,7 +23,7 @@ class Orphans:
         """Makes a job adoptable."""
         with reaching_redis():
             async with self._redis.pipeline(transaction=True) as pipe:
-                pipe.rpush(_name(request), job_id)
+                pipe.eval(EVEN_IF_FULL, 0, "RPUSH", _name(request), job_id)
                 pipe.expire(_name(request), KEPT_S)
                 await pipe.execute()
 

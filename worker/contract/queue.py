@@ -34,7 +34,7 @@ from worker.contract.load import Load, Survey
 from worker.contract.orphans import Orphans
 from worker.contract.record import RecordWriter, read_view
 from worker.contract.settings import ContractSettings
-from worker.contract.transitions import script
+from worker.contract.transitions import EVEN_IF_FULL, script
 from worker.contract.usage import USAGE_DAYS, Usage, read_usage
 
 CARDS = "darkroom:cards"
@@ -241,7 +241,7 @@ class JobQueue:
         """The 256 random bits that all processes on this Redis share; made by whoever asks first."""
         with reaching_redis():
             async with self._redis.pipeline(transaction=True) as pipe:
-                pipe.set(SECRET, secrets.token_bytes(SECRET_BYTES), nx=True)
+                pipe.eval(EVEN_IF_FULL, 0, "SET", SECRET, secrets.token_bytes(SECRET_BYTES), "NX")
                 pipe.get(SECRET)
                 _made, secret = await pipe.execute()
         return cast(bytes, secret)
@@ -290,7 +290,9 @@ class JobQueue:
     async def watch(self, job_id: str) -> None:
         """Asks for previews of a job for the next WATCH_S seconds; a worker makes none that nobody asked for."""
         with reaching_redis():
-            await self._redis.set(f"darkroom:watch:{job_id}", 1, ex=WATCH_S)
+            await cast(
+                Any, self._redis.eval(EVEN_IF_FULL, 0, "SET", f"darkroom:watch:{job_id}", "1", "EX", str(WATCH_S))
+            )
 
     async def preview(self, job_id: str) -> bytes | None:
         """The latest preview of a running, watched job: a small JPEG."""

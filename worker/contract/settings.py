@@ -81,7 +81,9 @@ class ContractSettings(BaseSettings):
     )
     picture_lifetime_s: int = Field(default=DAY_S, ge=60, description="seconds that pictures are kept")
     record_lifetime_s: int = Field(
-        default=7 * DAY_S, ge=60, description="seconds that a job's record is kept once ended"
+        default=7 * DAY_S,
+        ge=60,
+        description="seconds that a job's record is kept once ended; less where Redis is nearly full",
     )
     queue_bound: int = Field(default=1000, ge=1, description="jobs that may wait per model and priority")
 

@@ -6,10 +6,21 @@ import json
 
 import pytest
 
+from worker.contract.cards import Defaults, ModelCard
 from worker.contract.errors import QueueUnavailable
 from worker.contract.job import Failure, Progress, Result, Webhook
+from worker.contract.keys import Keyring, Keys, new_key
 from worker.contract.operations import Operations
 from worker.contract.outbox import Outbox
+
+CARD = ModelCard(
+    name="demo",
+    description="small",
+    variant="other",
+    revision="r1",
+    parameters=1,
+    defaults=Defaults(steps=2, guidance_scale=1.0),
+)
 
 
 @pytest.fixture
@@ -125,3 +136,54 @@ async def test_what_only_reads_answers_where_nothing_may_be_written(queue, setti
     assert await queue.expected_wait("demo", "normal") is None
     with Operations.connect(settings) as operations:
         operations.status()
+
+
+async def test_worker_starts_and_publishes_its_models(queue, intake, fill):
+    fill()
+    intake.publish([CARD])
+    intake.renew(["demo"])
+    assert set(await queue.cards()) == {"demo"}
+    assert await queue.workers() == {"demo": 1}
+
+
+async def test_keys_are_used_added_and_revoked(settings, fill):
+    key, _ = new_key("one")
+    other, _ = new_key("two")
+    with Keyring.connect(settings) as ring:
+        ring.add(key)
+        fill()
+        keys = Keys.connect(settings)
+        await keys.note_use(key.id)
+        await keys.close()
+        assert ring.add(other)
+        assert ring.revoke("one") is not None
+        assert [known.revoked_at is None for known in ring.known()] == [False, True]
+        assert ring.used()[key.id] > 0
+
+
+async def test_models_are_paused_and_drained(queue, intake, settings, make_job, fill):
+    await queue.submit(make_job())
+    fill()
+    with Operations.connect(settings) as operations:
+        operations.pause(["demo"])
+        assert intake.claim(["demo"], 1) == []
+        operations.drain(["demo"])
+        (model,) = operations.status().models
+        assert (model.paused, model.draining) == (False, True)
+        assert len(intake.claim(["demo"], 1)) == 1
+
+
+async def test_previews_are_asked_for_and_jobs_are_left_to_be_adopted(queue, intake, make_job, fill):
+    job = make_job()
+    await queue.submit(job)
+    (claim,) = intake.claim(["demo"], 1)
+    fill()
+    await queue.watch(job.id)
+    assert intake.progress({claim: Progress(step=1, steps=2)}) == {claim.key}
+    await queue.orphans.leave("asked", job.id)
+    assert await queue.orphans.adopt("asked") == job.id
+
+
+async def test_gateway_has_the_secret(queue, fill):
+    fill()
+    assert await queue.secret() == await queue.secret()

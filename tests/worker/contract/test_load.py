@@ -256,16 +256,26 @@ async def test_usage_counts_the_gpu_of_a_committed_job_once(queue, intake, run):
     assert await gpu_seconds(queue) == (1, 1.25)
 
 
-async def test_usage_counts_no_gpu_of_an_earlier_life(queue, intake, make_intake, run, client, settings):
+async def test_usage_counts_the_gpu_of_an_earlier_life_once(queue, intake, make_intake, run, client, settings):
     stale = await run()
     let_deadline_pass(client, stale.job)
     await queue.view(stale.job.id)
     with Operations.connect(settings) as operations:
         assert operations.retry(stale.job.id).position == 0
     (claim,) = make_intake("w2").claim(["demo"], 1)
-    assert not intake.commit(stale, "succeeded", Result(gpu_seconds=1.25))
     assert claim.job.id == stale.job.id
-    assert await gpu_seconds(queue) == (1, 0)
+    for _ in range(2):
+        assert not intake.commit(stale, "succeeded", Result(gpu_seconds=1.25))
+    assert await gpu_seconds(queue) == (1, 1.25)
+
+
+async def test_usage_counts_the_gpu_of_a_job_that_was_forgotten_while_it_ran(queue, intake, run, client):
+    claim = await run()
+    await queue.forget(claim.job.id)
+    for _ in range(2):
+        assert not intake.commit(claim, "canceled", Result(gpu_seconds=1.25))
+    assert await gpu_seconds(queue) == (1, 1.25)
+    assert not client.keys("darkroom:untold:*")
 
 
 async def test_usage_outlives_the_job_and_is_of_the_days_asked_for(queue, make_job, client):

@@ -35,7 +35,10 @@ darkroom:outbox             zset    'id:event' of what a webhook is to be told -
 darkroom:outbox_entries     hash    of the same: JSON of at, attempt, sender
 darkroom:idempotency:<key>  hash    of the first job of a key: id, position, fingerprint of the request
 darkroom:orphans:<request>  list    ids of jobs whose client went away: whoever asks the same gets one
+darkroom:untold:<id>:<e>    string  JSON of owner and model of a job that others ended while execution e ran, until that
+                                    tells what it took of the GPU, or for an hour
 darkroom:ended              hash    JSON of [model, outcome, code of a failure] -> how many jobs ended so, for good
+darkroom:dropped            string  how many records of ended jobs went early, as Redis was nearly full
 darkroom:usage:<day>        hash    JSON of [owner, model, counter] -> number, for 91 days
 
 darkroom:paused             set     models that no worker claims for
@@ -76,6 +79,9 @@ FLAGS = "#!lua flags=allow-oom"
 
 UNFLAGGED = frozenset({"submit", "view", "page", "load", "survey", "status"})
 """What a full Redis refuses; and what reads, for a Redis that takes no writes would refuse all that has a flag."""
+
+EVEN_IF_FULL = f"{FLAGS}\nreturn redis.call(unpack(ARGV))"
+"""One command, for EVAL without keys: what must be said and noted also where Redis is full."""
 
 LEASE_S = 6.0
 """How long a worker that says nothing keeps its jobs."""

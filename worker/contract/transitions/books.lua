@@ -158,6 +158,17 @@ local function note_usage(meta, status, gpu_ms)
   use(meta, 'gpu_ms', gpu_ms or 0)
 end
 
+-- A job was ended by others while an execution ran: what that took of the GPU is told yet, also if the job is forgotten.
+local function expect_gpu_ms(id, execution, meta)
+  local counted = cjson.encode({owner = meta.owner, model = meta.model})
+  redis.call('SET', untold_key(id, execution), counted, 'EX', UNTOLD_S)
+end
+
+local function tell_gpu_ms(id, execution, gpu_ms)
+  local counted = redis.call('GETDEL', untold_key(id, execution))
+  if counted then use(cjson.decode(counted), 'gpu_ms', gpu_ms) end
+end
+
 -- Lets an owner's list go of the oldest jobs, as their records expire: more of them than come in.
 local function forget_gone(owner)
   for _, id in ipairs(redis.call('ZRANGE', owner_key(owner), 0, 3)) do

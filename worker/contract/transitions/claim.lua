@@ -72,7 +72,7 @@ local function start(id, meta, group)
   redis.call('HSET', key, 'status', 'started', 'started_at', at, 'last_heartbeat', at, 'worker_name', worker,
     'execution', execution)
   -- A job that an operator put back with RQ's tools has a past.
-  redis.call('HDEL', key, 'outcome', 'step', 'steps', 'cancel_requested', 'gpu_untold')
+  redis.call('HDEL', key, 'outcome', 'step', 'steps', 'cancel_requested')
   redis.call('PERSIST', key)
   redis.call('ZREM', PICTURES, id)
   open_books(id, meta, queue)

@@ -5,10 +5,10 @@
 local id, execution, asked, gpu_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[7])
 local f = redis.call('HMGET', job_key(id), 'status', 'execution', 'cancel_requested')
 local status, holder, cancel_requested = f[1], f[2], f[3]
+tell_gpu_ms(id, execution, gpu_ms)
 if holder ~= execution then return 0 end
 if status ~= 'started' then
   if status ~= 'queued' and entry_of(id) then cross_out(id) end  -- a tool of RQ's ended it
-  if redis.call('HDEL', job_key(id), 'gpu_untold') == 1 then use(meta_of(id), 'gpu_ms', gpu_ms) end
   return status == asked and 1 or 0
 end
 if asked == 'finished' then

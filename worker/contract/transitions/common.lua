@@ -8,16 +8,18 @@ local STARTED_MARGIN_S = 86400  -- RQ's tools take a started job for abandoned t
 local MAX_EVENTS = 256
 local SUSPECTS_S = 8 * 86400
 local SUSPECTS_WAIT_S, YIELD_S = 30, 60
-local LOST_S = 3600
+local LOST_S, UNTOLD_S = 3600, 3600
 local MANY_OWNERS = 32
 local LEFTOVERS_S = 600  -- what an execution stored that came to nothing is deleted after so long
 local USAGE_S = 91 * 86400
+local ROOM, ROOM_KEPT_S = 0.75, 3600  -- beyond this share of Redis' memory records go early, but none that is so young
 local DEADLINES = 'darkroom:deadlines'  -- id of every job not yet ended, scored by its deadline
 local LEASES = 'darkroom:leases'  -- every worker that may hold jobs, scored by the end of its lease
 local PAUSED = 'darkroom:paused'  -- models that no worker may claim for
 local DRAINING = 'darkroom:draining'  -- models that nothing new is accepted for
 local WORKERS = 'darkroom:workers'  -- JSON of [model, worker], scored by when it was last heard of
 local OPEN = 'darkroom:open'  -- id of every job not yet ended -> JSON of where it is and what it counts for
+local DROPPED = 'darkroom:dropped'  -- how many records went early
 local ENDED = 'darkroom:ended'  -- how many jobs ended how, by model
 local LOAD = 'darkroom:load'  -- how many jobs wait and run, and their pixel-steps
 local ROUNDS = 'darkroom:rounds'  -- queue -> the last turn taken in it; 'came:<queue>' -> how many owners came
@@ -67,6 +69,7 @@ local function owner_key(owner) return 'darkroom:owner:' .. owner end  -- ids of
 local function turns_key(queue) return 'darkroom:turns:' .. queue end  -- owners with jobs in it, scored by their turn
 local function line_key(queue, owner) return 'darkroom:line:' .. queue .. ':' .. owner end  -- their ids, first come first
 local function active_key(owner) return 'darkroom:active:' .. owner end  -- ids of its jobs that have not ended
+local function untold_key(id, execution) return 'darkroom:untold:' .. id .. ':' .. execution end
 local function idempotency_key(key) return 'darkroom:idempotency:' .. key end
 local function speeds_key(worker) return 'darkroom:speeds:' .. worker end  -- model -> megapixel-steps a second
 local function watch_key(id) return 'darkroom:watch:' .. id end  -- exists while somebody wants previews
@@ -78,4 +81,11 @@ local function meta_of(id)
   local text = redis.call('HGET', job_key(id), 'meta')
   local ok, meta = pcall(cjson.decode, text or '')
   if ok and type(meta) == 'table' and meta.schema and meta.deadline then return meta end
+end
+
+-- Bytes that Redis uses, and those that it may use: 0 where nothing bounds it.
+local function memory_now()
+  local info = redis.call('INFO', 'memory')
+  local function bytes(field) return tonumber(string.match(info, '\n' .. field .. ':(%d+)') or 0) end
+  return bytes('used_memory'), bytes('maxmemory')
 end

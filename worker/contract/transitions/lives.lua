@@ -86,7 +86,7 @@ local function end_job(id, status, ending)
   if expires_at then redis.call('ZADD', PICTURES, expires_at, id) end
   close_books(id, lifetime)
   note_usage(meta_of(id), status, ending.gpu_ms)
-  if was == 'started' and not ending.gpu_ms then redis.call('HSET', job_key(id), 'gpu_untold', 1) end
+  if execution and not ending.gpu_ms then expect_gpu_ms(id, execution, meta_of(id)) end
   note_end(meta_of(id).model, status, ending.outcome)
   leave_group(id)
   event(id, status == 'finished' and 'succeeded' or status, ending.outcome)
