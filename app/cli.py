@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from app.client import Client, Refused, Unreachable
-from app.generate import Canceled, GenerateFailed, Request, generate_pictures
+from app.generate import Canceled, GenerateFailed, GenerateRequest, generate_pictures
 from app.keys import key_commands
 from app.operator import queue_commands
 from app.stack import COMMANDS, Stack, StackFailed, StackSettings
@@ -148,7 +148,7 @@ def generate(
         "num_images": num_images,
     }
     options = {name: value for name, value in given.items() if value is not None}
-    request = Request(prompt, model, every_model, format, output, options)
+    request = GenerateRequest(prompt, model, every_model, format, output, options)
     try:
         with interruptible(), ExitStack() as cleanup:
             if embedded:
@@ -189,14 +189,14 @@ def fetch(
     """
     if find_spec("huggingface_hub") is None:
         fail("fetch needs huggingface_hub: pip install huggingface_hub; 'darkroom[worker]' brings it too")
-    from app.fetch import Request, Terminal, connect, models_line, told
+    from app.fetch import FetchRequest, TerminalMeter, connect, models_line, told
     from app.fetch import fetch as bring
     from app.hub import FetchFailed
 
-    request = Request(model, to, revision, check)
+    request = FetchRequest(model, to, revision, check)
     try:
-        with interruptible(), Terminal() as terminal, connect(os.environ, token_file, terminal.say) as hub:
-            record = bring(request, hub, terminal)
+        with interruptible(), TerminalMeter() as meter, connect(os.environ, token_file, meter.say) as hub:
+            record = bring(request, hub, meter)
     except FetchFailed as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
+
+from app.settings import is_loopback
 
 Generation = dict[str, Any]
 """A generation as `GET /v1/generations/{id}` shows it."""
@@ -43,7 +44,7 @@ class Client:
             headers={"authorization": f"Bearer {key}"} if key else None,
             timeout=timeout_s,
             transport=transport,
-            trust_env=not _is_local(httpx.URL(self.url).host),
+            trust_env=not is_loopback(httpx.URL(self.url).host),
         )
 
     def __enter__(self) -> Self:
@@ -115,10 +116,3 @@ def _message(response: httpx.Response) -> str:
         return f"{error['message']} ({error['code']}, request {error['request_id']})"
     except (ValueError, KeyError, TypeError):  # not one of ours: a proxy, another server
         return f"{response.url} answered {response.status_code} {response.reason_phrase}; is that a Darkroom server?"
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

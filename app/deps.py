@@ -23,11 +23,11 @@ from app.settings import GatewaySettings
 from app.signing import Signing
 from app.webhook_target import Targets
 from worker.contract.errors import UnknownGeneration
+from worker.contract.job import JOB_ID
 from worker.contract.queue import JobQueue
 from worker.contract.store import PictureStore
 from worker.contract.telemetry import Traces
 
-JOB_ID = re.compile(r"gen_[0-9a-f]{31}")
 WAIT_PREFERENCE = re.compile(r'wait\s*(?:=\s*(?:"(\d{1,9})"|(\d{1,9}))\s*)?(?:;.*)?', re.IGNORECASE | re.ASCII)
 
 
@@ -147,7 +147,7 @@ async def _jobs_or_signed(
 
 JobsDep = Annotated[Jobs, Depends(_jobs)]
 JobsOrSigned = Annotated[Jobs, Depends(_jobs_or_signed)]
-RepeatKey = Annotated[
+IdempotencyKey = Annotated[
     str | None,
     Header(
         alias=IDEMPOTENCY_KEY,

@@ -96,7 +96,7 @@ class BodyTooLarge(DarkroomError):
     code = "body_too_large"
 
     def __init__(self, max_bytes: int) -> None:
-        super().__init__(f"the body is larger than the {max_bytes} bytes allowed")
+        super().__init__(f"the body is larger than the {max_bytes} bytes allowed; pictures as input are not served")
 
 
 class BodyTooSlow(DarkroomError):
@@ -257,8 +257,9 @@ class NotInTime(DarkroomError):
 
     code = "timeout"
 
-    def __init__(self, hold_s: float) -> None:
-        super().__init__(f"the pictures were not ready within {hold_s:g} s; the generation was canceled")
+    def __init__(self, hold_s: float, why: str = "") -> None:
+        because = f": {why}" if why else ""
+        super().__init__(f"the pictures were not ready within {hold_s:g} s{because}; the generation was canceled")
 
 
 class NothingMade(DarkroomError):

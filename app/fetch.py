@@ -35,7 +35,7 @@ _TOKEN = re.compile(r"[!-~]+")
 
 
 @dataclass(frozen=True)
-class Request:
+class FetchRequest:
     """What the command line asks for."""
 
     model: str  # a name of REPOSITORIES, or owner/name
@@ -82,7 +82,7 @@ def connect(env: Mapping[str, str], token_file: Path | None, say: Callable[[str]
     return Hub(endpoint, _token_in(token_file) if token_file else get_token(), say)
 
 
-def fetch(request: Request, hub: Hub, meter: Terminal) -> Record:
+def fetch(request: FetchRequest, hub: Hub, meter: TerminalMeter) -> Record:
     """Brings the folder to what the hub lists, or with `check` only looks; what it holds then. FetchFailed."""
     if "," in str(request.to):
         raise FetchFailed(
@@ -98,7 +98,7 @@ def fetch(request: Request, hub: Hub, meter: Terminal) -> Record:
         return _bring(request, repo, folder, hub, meter)
 
 
-def _bring(request: Request, repo: str, folder: ModelFolder, hub: Hub, meter: Terminal) -> Record:
+def _bring(request: FetchRequest, repo: str, folder: ModelFolder, hub: Hub, meter: TerminalMeter) -> Record:
     known = _known(folder, repo)
     wanted = _wanted(request, repo, known, hub)
     if known and known.files == wanted.files and folder.untouched(known):
@@ -117,7 +117,7 @@ def _bring(request: Request, repo: str, folder: ModelFolder, hub: Hub, meter: Te
     return wanted
 
 
-def _complete(known: Record, folder: ModelFolder, meter: Terminal) -> Record:
+def _complete(known: Record, folder: ModelFolder, meter: TerminalMeter) -> Record:
     meter.say(f"{folder.root} is complete since it was fetched; --check reads it all again")
     return known
 
@@ -131,7 +131,7 @@ def _require_servable(index: Path, repo: str) -> None:
         raise FetchFailed(f"{repo} is a {kind}; Darkroom serves StableDiffusion3Pipeline alone")
 
 
-def _check(request: Request, repo: str, folder: ModelFolder, hub: Hub, meter: Terminal) -> Record:
+def _check(request: FetchRequest, repo: str, folder: ModelFolder, hub: Hub, meter: TerminalMeter) -> Record:
     """Reads every file and compares it with the hub's listing; where the hub is away, with what it listed then."""
     known = _known(folder, repo)
     revision = request.revision or (known.commit if known else LATEST)
@@ -157,7 +157,7 @@ def _known(folder: ModelFolder, repo: str) -> Record | None:
     return known
 
 
-def _wanted(request: Request, repo: str, known: Record | None, hub: Hub) -> Record:
+def _wanted(request: FetchRequest, repo: str, known: Record | None, hub: Hub) -> Record:
     """What the folder shall hold. The hub is asked only if that is not known: pods start while it is away, too."""
     if known and request.revision in (None, known.commit):
         return known
@@ -169,7 +169,7 @@ def _listed(repo: str, revision: str, hub: Hub) -> Record:
     return Record(repo, revision, listing.commit, needed(listing.files))
 
 
-def told(request: Request, record: Record) -> str:
+def told(request: FetchRequest, record: Record) -> str:
     """What the worker needs to serve it."""
     weights = [file for file in record.files if file.path.endswith(".safetensors")]
     t5 = sum(file.size for file in weights if file.path.startswith("text_encoder_3/"))
@@ -185,12 +185,12 @@ def told(request: Request, record: Record) -> str:
     return "\n".join(lines)
 
 
-def models_line(request: Request) -> str:
+def models_line(request: FetchRequest) -> str:
     """The setting by which a worker serves it."""
     return f"DARKROOM_MODELS={request.served_name}={request.to.expanduser().absolute()}"
 
 
-class Terminal:
+class TerminalMeter:
     """A `weights.Meter` on standard error: a bar on a terminal, else a line now and then. A context manager."""
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:

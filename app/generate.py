@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from app.client import Client, Generation, Refused, Unreachable
+from worker.contract.job import TERMINAL
 
 SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
-ENDED = ("succeeded", "failed", "canceled")
 
 _POLL_S = 0.25
 _PATIENCE_S = 30.0
@@ -31,7 +31,7 @@ class Canceled(Exception):
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerateRequest:
     """What the command line asks for."""
 
     prompt: str
@@ -42,7 +42,7 @@ class Request:
     options: dict[str, Any] = field(default_factory=dict)  # fields of the HTTP request, as given
 
 
-def generate_pictures(client: Client, request: Request) -> list[Path]:
+def generate_pictures(client: Client, request: GenerateRequest) -> list[Path]:
     """Posts the request, shows its progress, saves the pictures and says where; KeyboardInterrupt cancels the job.
 
     Of several models, one after the other; the first one's picture has the name that was asked for, the others' names
@@ -57,7 +57,7 @@ def generate_pictures(client: Client, request: Request) -> list[Path]:
     return paths
 
 
-def _models(client: Client, request: Request) -> list[str]:
+def _models(client: Client, request: GenerateRequest) -> list[str]:
     """The models to ask, at least one."""
     if not request.every_model:
         return [request.model or _choose_model(client)]
@@ -74,7 +74,7 @@ def _beside(output: Path | None, first: str, model: str) -> Path | None:
     return output.with_stem(f"{output.stem}-{model.removeprefix(f'{first}-')}")
 
 
-def _generate(client: Client, request: Request, model: str) -> list[Path]:
+def _generate(client: Client, request: GenerateRequest, model: str) -> list[Path]:
     body = {"model": model, "prompt": request.prompt, **request.options}
     if format := _format_of(request):
         body["output_format"] = format
@@ -119,7 +119,7 @@ def _follow(client: Client, job_id: str) -> Generation:
                 if time.monotonic() - lost_at > _PATIENCE_S:
                     raise GenerateFailed(f"{error}; the job goes on as {client.url}/v1/generations/{job_id}") from None
             else:
-                if generation["status"] in ENDED:
+                if generation["status"] in TERMINAL:
                     return generation
                 _show(progress, task, generation)
             time.sleep(_POLL_S)
@@ -180,7 +180,7 @@ def _require_folder(output: Path | None) -> None:
         raise GenerateFailed(f"--output is {str(output)!r}: there is no folder {str(output.parent)!r}")
 
 
-def _format_of(request: Request) -> str | None:
+def _format_of(request: GenerateRequest) -> str | None:
     """As --format says, or as --output ends."""
     suffix = "" if request.output is None or request.output.is_dir() else request.output.suffix.lower()
     implied = SUFFIXES.get(suffix)

@@ -55,8 +55,8 @@ class HubAway(FetchFailed):
     exit_code = 5
 
 
-class NoRoom(FetchFailed):
-    """The folder cannot be written to, or its disk is full."""
+class DiskFailed(FetchFailed):
+    """The folder cannot be read or written to, or its disk is full."""
 
     exit_code = 6
 

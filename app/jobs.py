@@ -162,14 +162,12 @@ class Jobs:
         await self._in_store(self._gateway.store.delete_prefix, view.job.id)
         await self._queue.forget(view.job.id)
 
-    async def events(self, job_id: str, after: str) -> AsyncGenerator[Event, None]:
+    def events(self, job_id: str, after: str) -> AsyncGenerator[Event, None]:
         """What happened to a job after that event, then what happens, until it has ended. Look at it with `get` first.
 
         UnknownGeneration, QueueUnavailable.
         """
-        async with contextlib.aclosing(self._queue.events(job_id, after)) as events:
-            async for event in events:
-                yield event
+        return self._queue.events(job_id, after)
 
     async def preview(self, job_id: str) -> bytes | None:
         """The latest preview of a running job that is watched: a small JPEG."""
@@ -203,10 +201,6 @@ class Jobs:
         """Where the store itself gives picture `n` for so long; None: get it by `picture`. StoreUnavailable."""
         link: str | None = await self._in_store(self._gateway.store.link, finished_picture(view, n).key, expires_s)
         return link
-
-    def image_url(self, view: JobView, n: int) -> str:
-        """Where picture `n` is fetched; signed where API keys are on, so that no key is needed there."""
-        return self.links.image(view, n)
 
     def _need(self, *scopes: Scope) -> None:
         """Forbidden unless the caller has one of the scopes."""

@@ -56,7 +56,7 @@ CLOSE_TIMEOUT_S = 10
 
 EXPOSED_HEADERS = (
     "finish-reason", "idempotency-replayed", "location", "preference-applied", "ratelimit", "ratelimit-policy",
-    "retry-after", "seed", "x-filtered", "x-request-id", "x-seed", "x-should-retry",
+    "retry-after", "seed", "x-filtered", "x-request-id", "x-seed", "x-should-retry", "x-warnings",
 )  # fmt: skip
 """What scripts of other origins may read of an answer."""
 

@@ -19,7 +19,7 @@ from app.embedded import running_url
 from app.stack import StackSettings
 from app.terminal import INTERRUPTED, fail, interruptible, read_settings, say
 from worker.contract.errors import QueueUnavailable, UnknownModel
-from worker.contract.operations import ModelStatus, Operations, Status, WorkerStatus
+from worker.contract.operations import FleetStatus, ModelStatus, Operations, WorkerStatus
 from worker.contract.settings import ContractSettings
 
 POLL_S = 0.5
@@ -192,7 +192,7 @@ def wait_until_empty(operations: Operations, models: Sequence[str], timeout_s: f
             time.sleep(POLL_S)
 
 
-def render_status(status: Status, *, as_json: bool) -> None:
+def render_status(status: FleetStatus, *, as_json: bool) -> None:
     """Writes it, for people or for programs."""
     if as_json:
         typer.echo(json.dumps(asdict(status), indent=2))

@@ -119,6 +119,9 @@ def error_response(
     return _shape_of(scope)(said)
 
 
+BASES = "/openai/v1, /v1/openai, /v1/inference, /huggingface, /v2beta, /v1/predictions"
+
+
 def native(said: Refusal) -> Response:
     """Our own shape."""
     error = {"code": said.code, "message": said.message, "field": said.field, "request_id": said.request_id}
@@ -155,7 +158,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
         case 400:
             return refusal(BrokenJson(_unreadable(error.__cause__)), request.scope)
         case 404:
-            message = f"nothing at {path}; the paths served are listed in /openapi.json"
+            message = f"nothing at {path}; served: what /openapi.json lists, and vendors' paths below {BASES}"
         case 405:
             headers["Allow"] = ", ".join(_methods(request))
             message = f"{request.method} is not allowed at {path}; allowed: {headers['Allow']}"

@@ -33,13 +33,7 @@ def size_of(aspect_ratio: str | None, megapixels: float | None, defaults: Defaul
 def _legal_near(width: float, height: float, limits: Limits) -> list[tuple[int, int]]:
     """Sizes within the limits whose sides are next to these, one multiple more or less."""
     sizes = itertools.product(_multiples(width, limits.side_multiple), _multiples(height, limits.side_multiple))
-    return [
-        (w, h)
-        for w, h in sizes
-        if limits.min_side <= min(w, h)
-        and max(w, h) <= limits.max_side
-        and limits.min_pixels <= w * h <= limits.max_pixels
-    ]
+    return [size for size in sizes if limits.allows(*size)]
 
 
 def _multiples(side: float, multiple: int) -> list[int]:

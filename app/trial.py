@@ -16,13 +16,13 @@ from rich.console import Console
 from app.client import Unreachable
 from app.finding import Finding, State
 from app.remote import Remote, object_of, refusal_of
+from worker.contract.job import TERMINAL
 
 HOLD_S = 20
 """Less than proxies usually wait for an answer."""
 
 POLL_S, MAX_POLL_S = 0.5, 5.0
 KEPT_S = 600
-ENDED = ("succeeded", "failed", "canceled")
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -33,7 +33,7 @@ class Trial:
         self._server, self._patience_s = server, patience_s
         self._what = f"model {model['name']}"
         self._side = smallest_side(model)
-        self._repeat_key = f"darkroom-doctor-{secrets.token_hex(16)}"
+        self._idempotency_key = f"darkroom-doctor-{secrets.token_hex(16)}"
         self._body = {
             "model": model["name"],
             "prompt": "a red circle, for the doctor",
@@ -78,7 +78,7 @@ class Trial:
         """The generation once it has ended or patience has. Unreachable, _Refused."""
         ends = time.monotonic() + self._patience_s
         generation, waits = self._post(hold_s=min(HOLD_S, self._patience_s)), pauses()
-        while generation["status"] not in ENDED and time.monotonic() < ends:
+        while generation["status"] not in TERMINAL and time.monotonic() < ends:
             ahead = generation.get("queue_position")
             show(f"{self._what}: {generation['status']}" + (f", {ahead} ahead" if ahead else ""))
             time.sleep(min(next(waits), max(0.0, ends - time.monotonic())))
@@ -87,7 +87,7 @@ class Trial:
 
     def _post(self, hold_s: int = 0) -> dict[str, Any]:
         """Asks for the picture; again is the same, by its idempotency key. Unreachable, _Refused."""
-        headers = {"idempotency-key": self._repeat_key} | ({"prefer": f"wait={hold_s}"} if hold_s else {})
+        headers = {"idempotency-key": self._idempotency_key} | ({"prefer": f"wait={hold_s}"} if hold_s else {})
         self._posted = True
         try:
             answer = self._server.ask(

@@ -148,7 +148,7 @@ class SenderMetrics:
         self.waiting = Gauge("darkroom_webhook_waiting", "Messages not delivered yet", registry=registry)
         self.overdue = Gauge(
             "darkroom_webhook_overdue_seconds",
-            "Since when the message is due that no sender took though it is due the longest",
+            "How long the most overdue message has waited for a sender, in seconds; 0: none is overdue",
             registry=registry,
         )
 

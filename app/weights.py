@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol, Self
 
-from app.hub import FetchFailed, Hub, NoRoom, RemoteFile, WrongSum
+from app.hub import DiskFailed, FetchFailed, Hub, RemoteFile, WrongSum
 from model.memory import gigabytes
 
 STREAMS = 4
@@ -125,7 +125,7 @@ class ModelFolder:
 
     @contextmanager
     def locked(self, waiting: Callable[[], None]) -> Iterator[None]:
-        """Alone with the folder, which is made if need be; `waiting` is called if another has it now. NoRoom."""
+        """Alone with the folder, which is made if need be; `waiting` is called if another has it now. DiskFailed."""
         with self._writing():
             self._state.mkdir(parents=True, exist_ok=True)
             lock = (self._state / "lock").open("w")
@@ -137,7 +137,7 @@ class ModelFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
-                    raise NoRoom(f"{self._state / 'lock'} cannot be locked: {error.strerror}") from None
+                    raise DiskFailed(f"{self._state / 'lock'} cannot be locked: {error.strerror}") from None
             yield
 
     def record(self) -> Record | None:
@@ -191,7 +191,7 @@ class ModelFolder:
         self.note(record, complete=False)
 
     def put_in_place(self, record: Record, arrived: Sequence[RemoteFile], known: Record | None) -> None:
-        """Makes what arrived and what is here already the record's folder, as fast as renaming goes. NoRoom."""
+        """Makes what arrived and what is here already the record's folder, as fast as renaming goes. DiskFailed."""
         with self._writing():
             for file in arrived:
                 (self.root / file.path).parent.mkdir(parents=True, exist_ok=True)
@@ -222,12 +222,12 @@ class ModelFolder:
                 part.unlink(missing_ok=True)
 
     def require_room(self, files: Sequence[RemoteFile], free: Callable[[Path], int] | None = None) -> None:
-        """Returns if the files fit on the disk, beside what is here of them and those that they replace. NoRoom."""
+        """Returns if the files fit on the disk, beside what is here of them and those that they replace. DiskFailed."""
         begun = sum(part.stat().st_size for file in files if (part := self._part(file)).exists())
         ahead = sum(file.size for file in files) - begun
         room = (free or _free)(self.root)
         if ahead and ahead + SPARE_BYTES > room:
-            raise NoRoom(f"{gigabytes(ahead)} are still to come, and {self.root} has {gigabytes(room)} free")
+            raise DiskFailed(f"{gigabytes(ahead)} are still to come, and {self.root} has {gigabytes(room)} free")
 
     def receive(self, hub: Hub, record: Record, files: Sequence[RemoteFile], meter: Meter) -> None:
         """Brings the files, several at a time, not yet to their places. FetchFailed; what has arrived by then stays."""
@@ -304,7 +304,7 @@ class ModelFolder:
                     hasher.update(chunk)
                     meter.advance(len(chunk))
         except OSError as error:
-            raise NoRoom(f"{self.root / file.path} cannot be read: {error.strerror}") from None
+            raise DiskFailed(f"{self.root / file.path} cannot be read: {error.strerror}") from None
         return str(hasher.hexdigest())
 
     @contextmanager
@@ -313,8 +313,8 @@ class ModelFolder:
             yield
         except OSError as error:
             if error.errno in _FULL:
-                raise NoRoom(f"the disk of {self.root} is full; the same command goes on from there") from None
-            raise NoRoom(f"{self.root} cannot be written to: {error.strerror or error}") from None
+                raise DiskFailed(f"the disk of {self.root} is full; the same command goes on from there") from None
+            raise DiskFailed(f"{self.root} cannot be written to: {error.strerror or error}") from None
 
 
 def _free(folder: Path) -> int:

@@ -29,11 +29,11 @@ from transformers import (
     T5Tokenizer,
 )
 
-from model.bundle import TOKENIZERS, export_diffusers
-from model.config import MOST_LAYERS, VARIANTS, MMDiTConfig, VAEConfig
+from model.bundle import TOKENIZERS
+from model.config import MOST_LAYERS, VARIANTS, MMDiTConfig
 from model.device import on
-from model.fp8 import FP8, SCALES, use_fp8
-from model.kernels.elementwise import quantized
+from model.fp8 import SCALES, use_fp8
+from model.kernels.elementwise import FP8, quantized
 from model.keys import Rule, clip_name, mmdit_rules, original, t5_name, vae_rules
 from model.layouts import Sources, find
 from model.loading import Parcel, lanes_to, load
@@ -47,8 +47,6 @@ from model.shelf import Shelf
 from model.text import TextEncoders
 from model.vae import VAE
 from model.weights import CheckpointError, Weights
-
-__all__ = ["CheckpointError", "Components", "Outline", "export_diffusers", "footprint", "load_components", "outline"]
 
 OTHER = "other"
 """The variant of an MMDiT that is none of the published ones."""
@@ -79,8 +77,6 @@ class Components:
     mmdit: MMDiT
     vae: VAE
     text: TextEncoders
-    mmdit_config: MMDiTConfig
-    vae_config: VAEConfig
     variant: str  # large | large-turbo | medium | other
     revision: str  # changes when the files do
     shift: Shift  # of the timesteps
@@ -88,7 +84,7 @@ class Components:
     @property
     def outline(self) -> Outline:
         """What `outline` says of the same files."""
-        return Outline(self.mmdit_config, self.variant, self.revision, parameters(self.mmdit))
+        return Outline(self.mmdit.config, self.variant, self.revision, parameters(self.mmdit))
 
 
 def load_components(
@@ -152,8 +148,6 @@ def load_components(
         mmdit=cast(MMDiT, nets[MMDIT]),
         vae=cast(VAE, nets[VAE_PART]),
         text=shelf.text(text, place),
-        mmdit_config=sources.mmdit_config,
-        vae_config=sources.vae_config,
         variant=name,
         revision=revision,
         shift=sources.shift,

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from model.params import Sampler
 
+TIMESTEP_DIM = 256
+"""Sinusoids that a timestep becomes."""
+
 MOST_LAYERS = 256
 """Several times what any such net has: each layer costs time and memory before a name in the files is compared."""
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.config import TIMESTEP_DIM
 from model.embeddings import Text
 from model.fp8 import Fp8Linear
 from model.kernels.attention import attend
@@ -30,11 +31,11 @@ from model.kernels.elementwise import (
     quantized,
 )
 from model.layers import Attention, JointBlock, Modulation, StreamBlock, timestep_embedding
-from model.mmdit import TIMESTEP_DIM, MMDiT
+from model.mmdit import MMDiT
 
-LEVELS = 16
-"""Noise levels whose modulations are computed together. Always so many, some for nothing: rounding depends on how many
-rows a matrix product has."""
+TOGETHER = 16
+"""Sigmas whose modulations are computed together. Always so many, some for nothing: rounding depends on how many rows a
+matrix product has."""
 
 CONTEXTS = 64
 """Embedded texts that are kept."""
@@ -64,6 +65,13 @@ class Places(NamedTuple):
     text: tuple[slice, ...]
 
 
+class Stream(NamedTuple):
+    """A residual stream, and its normed inputs of the next block: one, or two where its attention is dual."""
+
+    x: Tensor  # shape = (batch, tokens, hidden)
+    inputs: tuple[Tensor | Rows, ...]  # shape = (batch * tokens, hidden) each
+
+
 class FastMMDiT:
     """A faster way through an MMDiT's weights."""
 
@@ -89,10 +97,10 @@ class FastMMDiT:
         yield self.mmdit.final_layer.adaLN_modulation
 
     def modulation(self, sigmas: Tensor, pooled: Tensor) -> Tensor:
-        """All modulations at some noise levels, of one text or of one for each level; shape = (levels, width).
+        """All modulations at some sigmas, of one text or of one for each sigma; shape = (sigmas, width).
 
-        sigmas : shape = (levels,), fp32
-        pooled : shape = (pooled_dim,) or (levels, pooled_dim)
+        sigmas : shape = (sigmas,), fp32
+        pooled : shape = (pooled_dim,) or (sigmas, pooled_dim)
         """
         mmdit, dtype = self.mmdit, self.mmdit.context_embedder.weight.dtype
         embedded = mmdit.t_embedder(timestep_embedding(1000 * sigmas, TIMESTEP_DIM).to(dtype))
@@ -159,57 +167,50 @@ class _Run:
 
     def blocks(self, x: Tensor, context: Tensor) -> Tensor:
         """All blocks; returns what the final layer's product takes, shape = (batch * tokens, hidden)."""
-        image, text, fp8 = self.wanted(0)
-        x, made = add_and_norm(x, (), image, fp8)
-        context, text_made = add_and_norm(context, (), text)
+        image_wanted, text_wanted, fp8 = self.wanted(0)
+        image = Stream(*add_and_norm(x, (), image_wanted, fp8))
+        text = Stream(*add_and_norm(context, (), text_wanted))
         for n in range(len(self.fast.blocks)):
-            x, made, context, text_made = self.block(n, x, made, context, text_made)
-        (final,) = made
+            image, text = self.block(n, image, text)
+        (final,) = image.inputs
         assert isinstance(final, Tensor)
         return final
 
-    def block(
-        self,
-        n: int,
-        x: Tensor,
-        made: tuple[Tensor | Rows, ...],
-        context: Tensor,
-        text_made: tuple[Tensor | Rows, ...],
-    ) -> tuple[Tensor, tuple[Tensor | Rows, ...], Tensor, tuple[Tensor | Rows, ...]]:
-        """Block n: the streams and how they go into it; returns the same for block n + 1."""
+    def block(self, n: int, image: Stream, text: Stream) -> tuple[Stream, Stream]:
+        """Both streams after block n."""
         block, places = self.fast.blocks[n], self.fast.places[n]
-        theirs, (_, next_text, _) = block.context_block, self.wanted(n + 1)
-        attended = self.attend(n, made[0], text_made[0])
+        text_block, (_, wanted, _) = block.context_block, self.wanted(n + 1)
+        attended = self.attend(n, image.inputs[0], text.inputs[0])
 
-        def text_stream() -> tuple[Tensor, tuple[Tensor | Rows, ...]]:
+        def text_stream() -> Stream:
             if block.last:  # nobody reads the text after it
-                return context, ()
-            branch = self.projected(theirs.attn.proj, attended[:, self.image :], places.text[2], apart=False)
-            return self.finish(theirs, context, [branch], places.text, next_text, False)
+                return Stream(text.x, ())
+            branch = self.projected(text_block.attn.proj, attended[:, self.image :], places.text[2], apart=False)
+            return self.finish(text_block, text.x, [branch], places.text, wanted, False)
 
-        # Nothing that one stream made is freed before the streams have met again: no record_stream is needed.
-        with self.beside() as text_side:
-            if text_side:
-                with torch.cuda.stream(text_side):
-                    context, text_made = text_stream()
-            x, made = self.image_stream(n, x, made, attended)
-        if not text_side:
-            context, text_made = text_stream()
-        return x, made, context, text_made
+        # Nothing that one stream made is freed before the streams have met again: no record_stream is needed. So what
+        # came in keeps its names, here and in `blocks`.
+        with self.beside() as side:
+            if side:
+                with torch.cuda.stream(side):
+                    next_text = text_stream()
+            next_image = self.image_stream(n, image, attended)
+        if not side:
+            next_text = text_stream()
+        return next_image, next_text
 
-    def image_stream(
-        self, n: int, x: Tensor, made: tuple[Tensor | Rows, ...], attended: Tensor
-    ) -> tuple[Tensor, tuple[Tensor | Rows, ...]]:
-        """The image after block n, and how it goes into the next."""
+    def image_stream(self, n: int, image: Stream, attended: Tensor) -> Stream:
+        """The image after block n."""
         block, places = self.fast.blocks[n], self.fast.places[n]
-        ours = block.x_block
-        next_image, _, next_fp8 = self.wanted(n + 1)
-        apart = self.choice.apart
-        branches = [self.projected(ours.attn.proj, attended[:, : self.image], places.image[2], apart)]
+        image_block, apart = block.x_block, self.choice.apart
+        wanted, _, fp8 = self.wanted(n + 1)
+        branches = [self.projected(image_block.attn.proj, attended[:, : self.image], places.image[2], apart)]
         if block.dual:
             # The second attention sees the same normed input as the first, not its result.
-            branches.append(self.projected(ours.attn2.proj, self.attend_alone(n, made[1]), places.image[8], apart))
-        return self.finish(ours, x, branches, places.image, next_image, next_fp8)
+            branches.append(
+                self.projected(image_block.attn2.proj, self.attend_alone(n, image.inputs[1]), places.image[8], apart)
+            )
+        return self.finish(image_block, image.x, branches, places.image, wanted, fp8)
 
     @contextmanager
     def beside(self) -> Iterator[torch.cuda.Stream | None]:
@@ -227,18 +228,18 @@ class _Run:
     def attend(self, n: int, image: Tensor | Rows, text: Tensor | Rows) -> Tensor:
         """The joint attention of block n; shape = (batch, queries, hidden), the image's first."""
         block, fast = self.fast.blocks[n], self.fast
-        ours, theirs = block.x_block.attn, block.context_block.attn
-        heads, tokens = ours.heads, self.image + self.text
+        image_attn, text_attn = block.x_block.attn, block.context_block.attn
+        heads, tokens = image_attn.heads, self.image + self.text
         if self.choice.apart:
             joint = self.modulation.new_empty((self.batch, tokens, 3 * fast.config.hidden))
             qkv = joint.unflatten(-1, (3, heads, -1))
             for b in range(self.batch):
-                product(ours.qkv, _part(image, b, self.batch), joint[b, : self.image])
-                product(theirs.qkv, _part(text, b, self.batch), joint[b, self.image :])
+                product(image_attn.qkv, _part(image, b, self.batch), joint[b, : self.image])
+                product(text_attn.qkv, _part(text, b, self.batch), joint[b, self.image :])
                 norm_heads(qkv[b : b + 1], fast.norms[n], self.image)  # while the GPU's cache still has most of it
         else:
-            made = (self.product(ours.qkv, image), self.product(theirs.qkv, text))
-            shaped = [part.view(self.batch, -1, 3, heads, fast.config.hidden // heads) for part in made]
+            parts = (self.product(image_attn.qkv, image), self.product(text_attn.qkv, text))
+            shaped = [part.view(self.batch, -1, 3, heads, fast.config.hidden // heads) for part in parts]
             qkv = joined_heads(shaped[0], shaped[1], fast.norms[n])
         q, k, v = qkv.unbind(2)
         return attend(self.choice.attention, q[:, : self.image] if block.last else q, k, v)
@@ -282,23 +283,23 @@ class _Run:
 
     def finish(
         self,
-        stream: StreamBlock,
+        block: StreamBlock,
         x: Tensor,
         branches: Sequence[Branch],
         places: tuple[slice, ...],
         wanted: Sequence[Modulated],
         fp8: bool,
-    ) -> tuple[Tensor, tuple[Tensor | Rows, ...]]:
+    ) -> Stream:
         """The residuals after attention and after the MLP; `wanted` and `fp8` are of what comes next."""
-        inner = isinstance(stream.mlp.fc1, Fp8Linear)
-        x, (made,) = add_and_norm(x, branches, [Modulated(self.at(places[3]), self.at(places[4]))], inner)
+        inner = isinstance(block.mlp.fc1, Fp8Linear)
+        x, (normed,) = add_and_norm(x, branches, [Modulated(self.at(places[3]), self.at(places[4]))], inner)
         hidden: Tensor | Rows
-        if isinstance(made, Rows):
-            hidden = gelu_quantized(self.product(stream.mlp.fc1, made))
+        if isinstance(normed, Rows):
+            hidden = gelu_quantized(self.product(block.mlp.fc1, normed))
         else:
-            hidden = self.gelu_product(stream.mlp.fc1, made)
-        value = self.product(stream.mlp.fc2, hidden).view_as(x)
-        return add_and_norm(x, [Branch(self.at(places[5]), value)], wanted, fp8)
+            hidden = self.gelu_product(block.mlp.fc1, normed)
+        value = self.product(block.mlp.fc2, hidden).view_as(x)
+        return Stream(*add_and_norm(x, [Branch(self.at(places[5]), value)], wanted, fp8))
 
 
 def product(layer: nn.Module, x: Tensor | Rows, out: Tensor) -> Tensor:
@@ -355,7 +356,7 @@ def _norms(*streams: Attention) -> Tensor | None:
 
 
 class Conditions:
-    """What a text and a noise level are to the blocks, kept: the empty negative prompt is everyone's.
+    """What a text and a sigma are to the blocks, kept: the empty negative prompt is everyone's.
 
     limit : bytes of modulations to keep at most; those of one call are kept in any case
     """
@@ -365,13 +366,13 @@ class Conditions:
         self._modulations: OrderedDict[tuple[int, float], tuple[Text, Tensor]] = OrderedDict()
         self._contexts: OrderedDict[int, tuple[Text, Tensor]] = OrderedDict()
 
-    def modulation(self, text: Text, level: float, levels: Sequence[float]) -> Tensor:
-        """shape = (width,). `levels`: those of the whole run, of which the coming ones are computed too."""
-        key = (id(text), level)
+    def modulation(self, text: Text, sigma: float, sigmas: Sequence[float]) -> Tensor:
+        """shape = (width,). `sigmas`: those of the whole run, of which the coming ones are computed too."""
+        key = (id(text), sigma)
         if key not in self._modulations:
-            first = levels.index(level) // LEVELS * LEVELS if level in levels else 0
-            together = levels[first : first + LEVELS] if level in levels else (level,)
-            padded = [*together, *[together[-1]] * (LEVELS - len(together))]
+            first = sigmas.index(sigma) // TOGETHER * TOGETHER if sigma in sigmas else 0
+            together = sigmas[first : first + TOGETHER] if sigma in sigmas else (sigma,)
+            padded = [*together, *[together[-1]] * (TOGETHER - len(together))]
             device = self.fast.mmdit.pos_embed.device
             rows = self.fast.modulation(torch.tensor(padded, device=device), text.pooled)
             for one, row in zip(together, rows, strict=False):

@@ -61,8 +61,8 @@ class FastTextEncoders:
         function = partial(self.forward, t5_length=t5_length)
         on_device = self._on_device(ids)
         key = ("text", self, len(ids), t5_length)
-        packed = function(on_device) if self.graphs is None else self.graphs.run(key, function, on_device)
-        return self.text.apart(*self.unpacked(packed, t5_length), warnings)
+        context, pooled = function(on_device) if self.graphs is None else self.graphs.run(key, function, on_device)
+        return self.text.apart(context, pooled, warnings)
 
     def _on_device(self, ids: list[list[int]]) -> Tensor:
         if self._beside is None:
@@ -76,8 +76,8 @@ class FastTextEncoders:
             bias = first.layer[0].SelfAttention.compute_bias(t5_length, t5_length)
             self._position_biases[t5_length] = bias.contiguous()
 
-    def forward(self, ids: Tensor, t5_length: int, fused: bool | None = None) -> Tensor:
-        """Contexts and pooled vectors in one tensor, which `unpacked` takes apart: shape = (prompts, values).
+    def forward(self, ids: Tensor, t5_length: int, fused: bool | None = None) -> tuple[Tensor, Tensor]:
+        """Contexts, shape = (prompts, tokens, context_dim), and pooled vectors, shape = (prompts, pooled_dim).
 
         Launches the same kernels whatever the ids are. `prepare` comes first.
 
@@ -100,12 +100,7 @@ class FastTextEncoders:
             finally:
                 # The stream's memory is used again only by what comes after its next wait for this one.
                 here.wait_stream(self._beside)
-        return torch.cat([self.text.joined(clip, t5, t5_length).flatten(1), pooled], dim=1)
-
-    def unpacked(self, packed: Tensor, t5_length: int) -> tuple[Tensor, Tensor]:
-        """Views of the contexts, shape = (prompts, tokens, context_dim), and pooled, shape = (prompts, pooled_dim)."""
-        tokens, width = self.text.clip_lengths[0] + t5_length, self.text.context_dim
-        return packed[:, : tokens * width].unflatten(1, (tokens, width)), packed[:, tokens * width :]
+        return self.text.joined(clip, t5, t5_length), pooled
 
     def _clips(self, ids_l: Tensor, ids_g: Tensor) -> tuple[Tensor, Tensor]:
         sequence_l, pooled_l = clip(self.text.clip_l, ids_l)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.kernels import groupnorm
-from model.vae import VAE, AttnBlock, ResnetBlock
+from model.vae import VAE, AttnBlock, ResnetBlock, channels_last
 
 MAX_PIXELS = 1536 * 1536
 """Of a picture that is decoded with whole activations by default."""
@@ -48,7 +48,7 @@ class _Stream:
     parts: Tensor | None = None  # the statistics of x, if they are known
 
     def settled(self) -> Tensor:
-        """The statistics of x, when h is in it; the bias is in it too, or else still to be added."""
+        """Adds h and with it the bias to x; without h the bias stays to be added. Returns the statistics of x."""
         if self.h is None:
             parts, self.parts = self.parts, None
             return groupnorm.statistics(self.x) if parts is None else parts
@@ -84,9 +84,7 @@ class FastDecoder:
         self, vae: VAE, *, fold: bool = True, max_pixels: int = MAX_PIXELS, strip_values: int = STRIP_VALUES
     ) -> None:
         self.vae, self.max_pixels, self.strip_values = vae, max_pixels, strip_values
-        for parameter in vae.decoder.parameters():
-            if parameter.dim() == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        channels_last(vae.decoder)
         attention = vae.decoder.mid.attn_1
         with torch.no_grad():
             parts = (attention.q, attention.k, attention.v)
@@ -164,7 +162,7 @@ class FastDecoder:
         if values is None and conv in self._folded:
             stream.x, stream.parts = groupnorm.woven(_conv(stream.value(), self._folded[conv]))
         else:
-            _upsample(stream, conv.weight, values)
+            _double(stream, conv.weight, values)
         stream.bias = conv.bias
 
     def _levels(self) -> Iterator[tuple[Sequence[ResnetBlock], nn.Conv2d | None]]:
@@ -248,7 +246,8 @@ def _normed_conv(x: Tensor, factor_term: Tensor, weight: Tensor, values: int | N
     return _in_strips(fill, x.shape[3], weight, lines, out)
 
 
-def _upsample(stream: _Stream, weight: Tensor, values: int | None) -> None:
+def _double(stream: _Stream, weight: Tensor, values: int | None) -> None:
+    """Nearest neighbour, then the convolution without its bias, neither folded into the other."""
     height, width, channels = 2 * stream.x.shape[1], 2 * stream.x.shape[2], stream.x.shape[3]
     lines = _lines(height, width * channels, values)
     if lines == height:

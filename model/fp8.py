@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.kernels.elementwise import FP8, Rows, quantized
+from model.kernels.elementwise import Rows, quantized
 
 SCALES = "scales"
 """What the factors of a weight are called beside it."""
@@ -22,17 +22,14 @@ LAYERS = ("attn.qkv", "attn.proj", "attn2.qkv", "attn2.proj", "mlp.fc1", "mlp.fc
 class Fp8Linear(nn.Module):
     """A linear layer whose weight is fp8."""
 
-    def __init__(self, weight: Rows, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight : in any precision, shape = (out, in)."""
         super().__init__()
-        self.weight = nn.Parameter(weight.values, requires_grad=False)  # shape = (out, in), e4m3
+        rows = quantized(weight)
+        self.weight = nn.Parameter(rows.values, requires_grad=False)  # shape = (out, in), e4m3
         self.scales: Tensor
-        self.register_buffer("scales", weight.scales)  # shape = (out, 1), fp32
+        self.register_buffer("scales", rows.scales)  # shape = (out, 1), fp32
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None) -> Fp8Linear:
-        """From a weight in any precision, shape = (out, in)."""
-        return cls(quantized(weight), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """shape = (..., in) -> (..., out)."""
@@ -59,12 +56,9 @@ def use_fp8(mmdit: nn.Module) -> None:
     for name, layer in list(mmdit.named_modules()):
         if isinstance(layer, nn.Linear) and is_fp8(name):
             parent, _, leaf = name.rpartition(".")
-            setattr(mmdit.get_submodule(parent), leaf, Fp8Linear.of(layer.weight, layer.bias))
+            setattr(mmdit.get_submodule(parent), leaf, Fp8Linear(layer.weight, layer.bias))
 
 
 def has_fp8(device: torch.device) -> bool:
     """Whether a device multiplies fp8 matrices: Hopper and later, Ada too; a CPU does so slowly, in fp32."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-__all__ = ["FP8", "SCALES", "Fp8Linear", "has_fp8", "is_fp8", "use_fp8"]

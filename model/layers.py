@@ -36,7 +36,7 @@ def attend(qkv: QKV) -> Tensor:
     return F.scaled_dot_product_attention(qkv.q, qkv.k, qkv.v).transpose(1, 2).flatten(2)
 
 
-def timestep_embedding(timestep: Tensor, dim: int = 256) -> Tensor:
+def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
     """Sinusoids of a timestep, cosines first; shape = (batch,) -> (batch, dim), in fp32.
 
     Always fp32: in bf16 the timestep 857.69 would become 856.
@@ -146,11 +146,6 @@ class StreamBlock(nn.Module):
         if not last_context:
             self.mlp = MLP(hidden, mlp_ratio)
 
-    def finish(self, x: Tensor, attended: Tensor, gate: Tensor, mlp: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """The residuals after attention: the gated projection of `attended`, then the gated MLP."""
-        x = x + gate[:, None] * self.attn.proj(attended)
-        return self.finish_mlp(x, mlp)
-
     def finish_mlp(self, x: Tensor, mlp: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """The MLP's residual; `mlp` is its shift, scale and gate."""
         shift, scale, gate = mlp
@@ -194,7 +189,8 @@ class JointBlock(nn.Module):
         x_after = self.x_block.finish_mlp(x_after, tuple(x_mlp))
         if self.last:
             return x_after, context
-        return x_after, self.context_block.finish(context, text_attended, context_gate, tuple(context_mlp))
+        context = context + context_gate[:, None] * self.context_block.attn.proj(text_attended)
+        return x_after, self.context_block.finish_mlp(context, tuple(context_mlp))
 
 
 class FinalLayer(nn.Module):

@@ -13,18 +13,12 @@ from transformers import CLIPTextConfig, T5Config
 
 from model import bundle
 from model.bundle import NET_STEM, TEXT_ENCODERS, TEXT_STEM, TRANSFORMER, VAE_FOLDER, read_json
+from model.card import CARD, Variant, variant_at
 from model.config import MMDiTConfig, VAEConfig
-from model.keys import (
-    Shape,
-    clip_name,
-    clip_sizes_of,
-    mmdit_config_of,
-    t5_name,
-    t5_sizes_of,
-    vae_config_of,
-)
-from model.lowrank import CARD, Difference, Variant, variant_at
+from model.keys import Shape, clip_name, t5_name
+from model.lowrank import Difference
 from model.sampling import SHIFT, Shift
+from model.shapes import clip_sizes_of, mmdit_config_of, t5_sizes_of, vae_config_of
 from model.weights import PICKLES, CheckpointError, Entry, WeightFile, Weights, tensors_of, under
 
 IGNORED = ("position_ids", "logit_scale", "betas", "alphas_cumprod", "denoiser.sigmas", "model_sampling.sigmas")
@@ -32,12 +26,12 @@ IGNORED = ("position_ids", "logit_scale", "betas", "alphas_cumprod", "denoiser.s
 
 MMDIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 VAE_PREFIXES = ("first_stage_model.", "vae.")
-CLIP_L, CLIP_G, T5 = "clip_l", "clip_g", "t5xxl"
+CLIP_L_STEM, CLIP_G_STEM, T5_STEM = "clip_l", "clip_g", "t5xxl"
 FETCHED = Path(".fetch", "record.json")
 """What `darkroom fetch` (app/weights.py) says of a folder: `written` is null unless all files are of one revision."""
 
 TEXT_PREFIX = "text_encoders.{}."
-MMDIT_KEY, VAE_KEY = "x_embedder.proj.weight", "decoder.conv_in.weight"
+MMDIT_KEY = "x_embedder.proj.weight"
 
 # What shapes cannot say. The end token is found as the largest id (transformers' meaning of 2), as published.
 CLIP_L_REST: dict[str, Any] = {
@@ -222,18 +216,19 @@ def _original(path: Path, load_t5: bool) -> Sources:
     main = _main_file(folder) if path.is_dir() else WeightFile(path)
     entries = tensors_of([main])
     prefixed = under(entries, *MMDIT_PREFIXES)
-    elsewhere = (*MMDIT_PREFIXES, *VAE_PREFIXES, *(TEXT_PREFIX.format(stem) for stem in (CLIP_L, CLIP_G, T5)))
+    texts = (TEXT_PREFIX.format(stem) for stem in (CLIP_L_STEM, CLIP_G_STEM, T5_STEM))
+    elsewhere = (*MMDIT_PREFIXES, *VAE_PREFIXES, *texts)
     bare = {name: entry for name, entry in entries.items() if not name.startswith(elsewhere)}
     mmdit = Weights(_kept(prefixed | bare), main.path)
     if MMDIT_KEY not in mmdit.entries:
         raise CheckpointError(f"{main.path} holds no MMDiT: tensor {MMDIT_KEY} is missing")
     vae = Weights(_kept(under(entries, *VAE_PREFIXES) or _vae_file(folder, main)), main.path)
     # A projection of CLIP-L, if its file brings one, was not used in training: the identity takes its place.
-    clip_l = _text(entries, folder, CLIP_L, clip_name, ignored=(*IGNORED, "text_projection.weight"))
-    clip_g = _text(entries, folder, CLIP_G, clip_name)
-    t5 = _text(entries, folder, T5, t5_name) if load_t5 else None
+    clip_l = _text(entries, folder, CLIP_L_STEM, clip_name, ignored=(*IGNORED, "text_projection.weight"))
+    clip_g = _text(entries, folder, CLIP_G_STEM, clip_name)
+    t5 = _text(entries, folder, T5_STEM, t5_name) if load_t5 else None
     if clip_l is None or clip_g is None:
-        missing = CLIP_L if clip_l is None else CLIP_G
+        missing = CLIP_L_STEM if clip_l is None else CLIP_G_STEM
         raise CheckpointError(
             f"{missing}.safetensors is missing: expected in {folder} or in {folder / 'text_encoders'}"
         )

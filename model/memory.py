@@ -1,4 +1,4 @@
-"""The memory plan: what of some models goes where on a GPU of a given size. Plain arithmetic; no torch.
+"""The memory plan: what of some models goes where on a GPU of a given size. Arithmetic; no torch.
 
 What is counted: every weight; for each GPU a fixed part (the CUDA context, workspaces of its libraries, and the cache
 of embeddings); and for the picture in the making, bytes for each of its pixels, of which decoding takes the most.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from model.config import VARIANTS, MMDiTConfig
+from model.config import TIMESTEP_DIM, VARIANTS, MMDiTConfig
 
 Encoders = Literal["gpu", "cpu", "offload"]
 """Where text encoders live and compute: on the GPU; on the CPU; in the host's memory, and on the GPU while they run."""
@@ -38,7 +38,6 @@ beside what all nets held (an H100). The rest is for what graphs keep and what l
 """
 
 SIDES = (1024, 768, 512)
-TIMESTEP_DIM = 256
 
 CARDS = (12, 16, 24, 40, 48, 80)
 """GB of the cards that are sold. Each has at least so many billion bytes."""

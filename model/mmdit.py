@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from model.config import MMDiTConfig
+from model.config import TIMESTEP_DIM, MMDiTConfig
 from model.layers import Embedder, FinalLayer, JointBlock, PatchEmbed, timestep_embedding
-
-TIMESTEP_DIM = 256
 
 
 class MMDiT(nn.Module):
@@ -39,25 +35,21 @@ class MMDiT(nn.Module):
         )
         self.final_layer = FinalLayer(hidden, config.patch, config.in_channels)
 
-    def forward(
-        self, x: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor, skip_layers: Sequence[int] = ()
-    ) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
         """The velocity d x / d sigma of noised latents.
 
         x : shape = (batch, 16, h/8, w/8), latents at the sigma of each row
         timestep : shape = (batch,), 1000 * sigma, fp32
         context : shape = (batch, tokens, context_dim), the text sequence
         pooled : shape = (batch, pooled_dim), the pooled text
-        skip_layers : blocks to leave out, for skip layer guidance
         returns : shape = (batch, 16, h/8, w/8)
         """
         rows, columns = x.shape[-2] // self.config.patch, x.shape[-1] // self.config.patch
         tokens = self.x_embedder(x) + self.positions(rows, columns).to(x.dtype)
         c = self.t_embedder(timestep_embedding(timestep, TIMESTEP_DIM).to(x.dtype)) + self.y_embedder(pooled)
         context = self.context_embedder(context)
-        for i, block in enumerate(self.joint_blocks):
-            if i not in skip_layers:
-                tokens, context = block(tokens, context, c)
+        for block in self.joint_blocks:
+            tokens, context = block(tokens, context, c)
         return self.unpatchify(self.final_layer(tokens, c), rows, columns)
 
     def positions(self, rows: int, columns: int) -> Tensor:

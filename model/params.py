@@ -56,6 +56,11 @@ class GenerationParams:
         """Whether each step runs a second row for the negative prompt."""
         return self.guidance_scale > 1
 
+    @property
+    def rows(self) -> int:
+        """Rows of the network for each picture: with guidance also one without the prompt."""
+        return 2 if self.guided else 1
+
     def nth(self, n: int) -> Self:
         """The params of picture `n` of several: seed + n."""
         return replace(self, seed=self.seed + n)

@@ -23,13 +23,8 @@ from model.mmdit import MMDiT
 from model.previews import PreviewMap, fit_to
 from model.sampling import SHIFT, Shift, Step, noise
 from model.text import T5_LENGTH, TextEncoders
-from model.vae import VAE
-from model.work import Begin, Decode, Denoise, Encode, Latents, NonFiniteLatents, Rendering, Work, generate
-
-__all__ = [
-    "Begin", "Decode", "Denoise", "Encode", "Latents", "Lookups", "NonFiniteLatents", "Pipeline", "Rendering", "Work",
-    "generate", "run",
-]  # fmt: skip
+from model.vae import VAE, channels_last
+from model.work import Begin, Decode, Denoise, Encode, Latents, NonFiniteLatents, Rendering, Work
 
 GRAPHED_PIXELS = 1024 * 1024
 """Of the largest picture whose decoding is kept as a graph, with the memory that it works in."""
@@ -65,7 +60,7 @@ class Pipeline:
         self.lookups = Lookups()
         self.largest = (0, 0)  # width and height in pixels of the largest picture that was finished
         if self.device.type == "cpu":
-            _channels_last(self.vae)  # 1.5 times as fast there; slower on CUDA
+            channels_last(self.vae)  # 1.5 times as fast there; slower on CUDA
         self._fast = _Fast(mmdit, vae, text) if (self.device.type == "cuda" if fast is None else fast) else None
         self._preview_map = preview_map  # None: fitted to the VAE when it is first needed
 
@@ -210,7 +205,7 @@ class _Fast:
 
     def velocity(self, x: Tensor, rows: Sequence[tuple[Denoise, Text]]) -> Tensor:
         """As the MMDiT gives it; shape = (rows, 16, h/8, w/8), in and out."""
-        modulation = torch.stack([self.conditions.modulation(text, w.step.sigma, w.levels) for w, text in rows])
+        modulation = torch.stack([self.conditions.modulation(text, w.step.sigma, w.sigmas) for w, text in rows])
         context = torch.stack([self.conditions.context(text) for _, text in rows])
         choice = choice_of(self.fast, x)
         run = partial(self.fast, choice=choice)
@@ -244,13 +239,6 @@ def _fixed_kernels(wanted: bool) -> Iterator[None]:
         yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before
-
-
-def _channels_last(module: torch.nn.Module) -> None:
-    """Lay out the weights of every convolution with the channels last."""
-    for parameter in module.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def _advanced(latents: Latents, step: Step, velocity: Tensor) -> tuple[Tensor, Tensor]:

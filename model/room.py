@@ -12,9 +12,10 @@ from model.memory import free_on_host, gigabytes
 class NoRoom(OSError):
     """The weights do not fit: says how many bytes are needed for what, and how many are free."""
 
-    needs: Mapping[str, int] = {}  # bytes by net
-    device: torch.device = torch.device("cpu")
-    free: int = 0
+    def __init__(self, message: str, needs: Mapping[str, int], device: torch.device, free: int) -> None:
+        """needs: bytes by net; free: bytes on the device."""
+        super().__init__(message)
+        self.needs, self.device, self.free = needs, device, free
 
 
 def check_room(needs: Mapping[str, int], device: torch.device, free: int | None) -> None:
@@ -23,9 +24,7 @@ def check_room(needs: Mapping[str, int], device: torch.device, free: int | None)
     if free is not None and needed > free:
         parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in needs.items())
         message = f"its weights need {gigabytes(needed)} of memory on {device} ({parts})"
-        error = NoRoom(f"{message}, and {gigabytes(free)} are free")
-        error.needs, error.device, error.free = needs, device, free
-        raise error
+        raise NoRoom(f"{message}, and {gigabytes(free)} are free", needs, device, free)
 
 
 def free_bytes(device: torch.device) -> int | None:

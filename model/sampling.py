@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,12 +15,14 @@ from model.params import Sampler
 
 TRAIN_STEPS = 1000
 
+T = TypeVar("T", float, Tensor)
+
 
 @dataclass(frozen=True)
 class Growth:
     """A timestep shift that grows with the picture: its logarithm is linear in the image's tokens.
 
-    In a large picture the same noise hides less, so what decides where things are comes at higher levels
+    In a large picture the same noise hides less, so what decides where things are comes at higher sigmas
     (arXiv:2403.03206, section 5.3.2). diffusers has it as `use_dynamic_shifting`, and the names are its own.
     """
 
@@ -37,11 +39,11 @@ class Growth:
 
 @dataclass(frozen=True)
 class Shift:
-    """How the noise levels of a run are spaced.
+    """How the sigmas of a run, its noise levels, are spaced.
 
     by : the timestep shift, one for all pictures or one that grows with them
-    terminal : where the last level before 0 is then moved to, and the others in proportion; 0: it stays. The published
-        levels end at 0.009, so a run of few steps wastes one. diffusers has the same as `shift_terminal`.
+    terminal : where the last sigma before 0 is then moved to, and the others in proportion; 0: it stays. The published
+        ones end at 0.009, so a run of few steps wastes one. diffusers has the same as `shift_terminal`.
     """
 
     by: float | Growth = 3.0
@@ -68,7 +70,7 @@ class Step(NamedTuple):
     previous: float
 
 
-def shifted(t: float, shift: float) -> float:
+def shifted(t: T, shift: float) -> T:
     """The timestep shift of SD3 (arXiv:2403.03206, section 5.3.2): more steps at high noise for large pictures."""
     return shift * t / (1 + (shift - 1) * t)
 
@@ -76,7 +78,7 @@ def shifted(t: float, shift: float) -> float:
 def sigmas(steps: int, shift: Shift = SHIFT, tokens: int = 4096) -> tuple[float, ...]:
     """The noise levels of a run, from 1 down to 0; `steps` + 1 of them.
 
-    The published schedule shifts its lower end twice, so the last level before 0 is 0.0089 for shift 3; one that grows
+    The published schedule shifts its lower end twice, so the last sigma before 0 is 0.0089 for shift 3; one that grows
     with the picture shifts it once.
 
     tokens : of the image, which a shift may grow with; by default of 1024x1024
@@ -85,31 +87,31 @@ def sigmas(steps: int, shift: Shift = SHIFT, tokens: int = 4096) -> tuple[float,
     if not isinstance(shift.by, Growth):
         low = shifted(low, factor)
     stride = (1 - low) / (steps - 1) if steps > 1 else 0.0
-    levels = (*(shifted(1 - i * stride, factor) for i in range(steps)), 0.0)
-    return _stretched(levels, shift.terminal) if shift.terminal else levels
+    spaced = (*(shifted(1 - i * stride, factor) for i in range(steps)), 0.0)
+    return _stretched(spaced, shift.terminal) if shift.terminal else spaced
 
 
-def _stretched(levels: tuple[float, ...], terminal: float) -> tuple[float, ...]:
-    """Levels from 1 down, the last one before 0 moved to `terminal` and the others in proportion."""
-    if len(levels) < 3:
-        return levels
-    scale = (1 - terminal) / (1 - levels[-2])
-    return (*(1 - (1 - level) * scale for level in levels[:-1]), 0.0)
+def _stretched(sigmas: tuple[float, ...], terminal: float) -> tuple[float, ...]:
+    """Sigmas from 1 down, the last one before 0 moved to `terminal` and the others in proportion."""
+    if len(sigmas) < 3:
+        return sigmas
+    scale = (1 - terminal) / (1 - sigmas[-2])
+    return (*(1 - (1 - sigma) * scale for sigma in sigmas[:-1]), 0.0)
 
 
-def euler(levels: Sequence[float]) -> list[Step]:
+def euler(sigmas: Sequence[float]) -> list[Step]:
     """Euler's method on dx / dsigma = velocity."""
-    return [Step(s, s_next / s, 1 - s_next / s, 0.0) for s, s_next in pairwise(levels)]
+    return [Step(s, s_next / s, 1 - s_next / s, 0.0) for s, s_next in pairwise(sigmas)]
 
 
-def dpmpp_2m(levels: Sequence[float]) -> list[Step]:
+def dpmpp_2m(sigmas: Sequence[float]) -> list[Step]:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095) with lambda = -ln sigma, as Stability's reference runs it.
 
     First order on the first step and on the step to sigma 0.
     """
     steps: list[Step] = []
     h_previous = None
-    for s, s_next in pairwise(levels):
+    for s, s_next in pairwise(sigmas):
         ratio = s_next / s  # e^-h
         if h_previous is None or s_next == 0:
             steps.append(Step(s, ratio, 1 - ratio, 0.0))

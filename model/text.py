@@ -16,8 +16,6 @@ from transformers import CLIPTextModelWithProjection, PreTrainedConfig, PreTrain
 
 from model.embeddings import EmbeddingCache, Text
 
-__all__ = ["CLIP_LENGTH", "T5_LENGTH", "Text", "TextEncoders", "Tokenizer", "Tokens"]
-
 CLIP_LENGTH = 77
 """Tokens of both CLIP encoders, which share their part of the context."""
 

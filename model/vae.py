@@ -192,3 +192,10 @@ class VAE(nn.Module):
         """The MMDiT's latents as 8-bit RGB: shape = (batch, 16, h/8, w/8) -> (batch, h, w, 3), uint8."""
         decoded = self.decode(self.from_model(latents).to(self.decoder.conv_in.weight.dtype)).float()
         return (decoded.add(1).mul(127.5).round().clamp(0, 255)).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def channels_last(module: nn.Module) -> None:
+    """Lay out the weights of every convolution with the channels last."""
+    for parameter in module.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)

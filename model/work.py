@@ -93,7 +93,7 @@ class Denoise:
     negative: Text | None  # None: unguided
     guidance_scale: float
     deterministic: bool = False
-    levels: tuple[float, ...] = ()  # the noise levels of the whole run, so that what they need is made together
+    sigmas: tuple[float, ...] = ()  # the noise levels of the whole run, so that what they need is made together
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -175,8 +175,8 @@ def generate(
     negative = rest[0] if rest else None
     latents = yield Begin(params.seed, params.width, params.height)
     steps = schedule(params.sampler, params.steps, shift, image_tokens(params.width, params.height))
-    levels = tuple(step.sigma for step in steps)
+    sigmas = tuple(step.sigma for step in steps)
     for step in steps:
-        yield Denoise(latents, step, text, negative, params.guidance_scale, deterministic, levels)
+        yield Denoise(latents, step, text, negative, params.guidance_scale, deterministic, sigmas)
     pixels = yield Decode(latents, deterministic)
     return Rendering(pixels, (*text.warnings, *(f"negative: {w}" for w in (negative.warnings if negative else ()))))

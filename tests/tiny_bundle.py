@@ -43,7 +43,7 @@ def save_variant(bundle: Path, folder: Path, **told: Any) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from model.lowrank import FILE
+    from model.card import FILE
     from tests.model import tiny
 
     folder.mkdir()

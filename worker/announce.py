@@ -10,7 +10,7 @@ import sys
 
 import structlog
 
-from model.checkpoint import CheckpointError
+from model.weights import CheckpointError
 from worker.contract.errors import QueueUnavailable
 from worker.intake import Intake
 from worker.models import card_of

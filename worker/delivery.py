@@ -14,14 +14,15 @@ import structlog
 from torch import Tensor
 
 from worker.contract.errors import QueueUnavailable, StoreUnavailable
-from worker.contract.job import Job, Picture, Result
+from worker.contract.job import Job, Outcome, Picture, Result
 from worker.contract.store import PictureStore, picture_key
-from worker.engine import Outcome, Task, explain
+from worker.failures import explain
 from worker.intake import Claim, Intake
 from worker.logs import about
 from worker.metrics import WorkerMetrics
 from worker.pictures import encode
 from worker.safety import SafetyFilter
+from worker.task import Task
 
 if TYPE_CHECKING:
     from worker.tracing import JobTracing

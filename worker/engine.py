@@ -16,7 +16,7 @@ from model.params import InvalidParams
 from model.pipeline import Pipeline
 from model.work import Decode, Denoise, Encode, Latents, Work, generate
 from worker.budget import TOKENS, Budget
-from worker.contract.job import Failure
+from worker.contract.job import DEADLINE_EXCEEDED, Failure, Outcome
 from worker.failures import explain, is_out_of_memory
 from worker.forecast import Forecast, Kind
 from worker.logs import about
@@ -24,9 +24,7 @@ from worker.metrics import WorkerMetrics
 from worker.scheduler import pick
 from worker.settings import WorkerSettings
 from worker.speed import Speed
-from worker.task import Child, Current, Outcome, Task, Withdraw
-
-__all__ = ["Current", "Engine", "Outcome", "Task", "explain"]
+from worker.task import Child, Current, Task, Withdraw
 
 log = structlog.get_logger()
 
@@ -198,12 +196,12 @@ class Engine:
         done, now = f"after {task.steps_done} of {task.job.steps} steps", self._now()
         left = task.job.deadline - now
         if left < 0:  # first: Redis, too, asks a late job to stop
-            self._end(task, "failed", Failure(code="deadline_exceeded", message=f"the deadline passed {done}"))
+            self._end(task, "failed", Failure(code=DEADLINE_EXCEEDED, message=f"the deadline passed {done}"))
         elif task.cancel_requested:
             self._end(task, "canceled")
         elif (needed := task.least_s) > left:
             message = f"the deadline cannot be met: {left:.1f} s are left, at least {needed:.1f} s are needed, {done}"
-            self._end(task, "failed", Failure(code="deadline_exceeded", message=message))
+            self._end(task, "failed", Failure(code=DEADLINE_EXCEEDED, message=message))
 
     def _run(self, batch: list[Child]) -> None:
         """Run a batch and send its results. If it fails it is halved, so that a bad row harms no other and a large

@@ -16,14 +16,13 @@ from redis.exceptions import RedisError
 
 from worker.contract.cards import ModelCard
 from worker.contract.errors import QueueUnavailable, SchemaUnknown
-from worker.contract.job import SCHEMA, Failure, Job, Progress, Result
-from worker.contract.link import link_options, reaching_redis, retry_once
-from worker.contract.queue import CARDS, LATE_AT_MOST, PREVIEW_S
-from worker.contract.record import RQ_STATUS, Ended, encode, read_job, read_time
+from worker.contract.job import SCHEMA, Failure, Job, Outcome, Progress, Result
+from worker.contract.link import connect, reaching_redis
+from worker.contract.queue import CARDS, LATE_AT_MOST, PREVIEW_S, SUBMITTED
+from worker.contract.record import RQ_STATUS, encode, read_job, read_time
 from worker.contract.settings import ContractSettings
 from worker.contract.transitions import EVEN_IF_FULL, script
 
-SUBMITTED = "darkroom:submitted"
 STOP = "darkroom:stop:"
 LISTEN_S = 0.5
 UNREADABLE = Failure(code="payload_unreadable", message="the job's payload could not be read by the worker")
@@ -62,8 +61,7 @@ class Intake:
     @classmethod
     def connect(cls, settings: ContractSettings, worker: str) -> Self:
         """An intake on the Redis of the settings. `worker` names this process: unique, never used again."""
-        client = redis.Redis.from_url(str(settings.redis_url), retry=retry_once(), **link_options())
-        return cls(client, worker)
+        return cls(connect(settings, again=True), worker)
 
     def close(self) -> None:
         """Stops listening and closes all connections."""
@@ -142,7 +140,7 @@ class Intake:
             self._first = models.index(claims[-1].job.model) + 1
         return claims
 
-    def commit(self, claim: Claim, status: Ended, result: Result) -> bool:
+    def commit(self, claim: Claim, status: Outcome, result: Result) -> bool:
         """Ends a claimed job, once its pictures are stored. May be repeated after QueueUnavailable.
 
         False: the fence fell (canceled, past its deadline, no longer ours); the caller deletes what it stored.

@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from model.checkpoint import CheckpointError
+from model.weights import CheckpointError
 from worker.contract import telemetry
 from worker.contract.errors import CannotStart, QueueUnavailable
 from worker.contract.settings import complaints
@@ -26,7 +26,7 @@ from worker.contract.store import PictureStore, open_store
 from worker.contract.telemetry import Traces
 from worker.contract.transitions import LEASE_S
 from worker.delivery import Delivery
-from worker.engine import Engine, Task
+from worker.engine import Engine
 from worker.intake import Claim, Intake
 from worker.logs import about, configure
 from worker.metrics import WorkerMetrics, count_for_supervisor
@@ -34,7 +34,8 @@ from worker.models import Loader, Model
 from worker.previews import encode_preview
 from worker.safety import SafetyFilter, safety_filter
 from worker.settings import WorkerSettings
-from worker.status import CANNOT_START, HUNG, State, Status, Turns
+from worker.status import CANNOT_START, HUNG, ProcessStatus, State, Turns
+from worker.task import Task
 
 if TYPE_CHECKING:
     from worker.tracing import JobTracing
@@ -114,11 +115,11 @@ class Worker:
         )
         self._running: dict[Task, Claim] = {}  # until committed or handed back
         self._stops = 0  # how often we were told to stop
-        self._control = Turns()
+        self._turns = Turns()
         self._published = False  # Redis knows of us
         self._gpu = next(iter(models.values())).pipeline.device
         self._reported = Every(REPORT_S)
-        self._turns = {
+        self._duties = {
             self._announce: Every(ANNOUNCE_S),
             self._renew: Every(RENEW_S),
             self.intake.reap: Every(REAP_S),
@@ -144,7 +145,7 @@ class Worker:
 
     def _turn(self) -> None:
         """One turn of the control loop: keep what we hold, pass on who should stop, claim, wait."""
-        for do, every in self._turns.items():
+        for do, every in self._duties.items():
             if every.is_due():
                 do()
         stop = self.intake.canceled()
@@ -156,6 +157,7 @@ class Worker:
         self.intake.wait(PROGRESS_S if self._running else IDLE_S, self._spare_after_s())
 
     def _try(self, do: Callable[[], None]) -> bool:
+        """Do it, having reported if that is due; False, after a pause, where Redis is away."""
         if self._reported.is_due():
             self._report()
         try:
@@ -174,7 +176,7 @@ class Worker:
         if file := self.settings.worker_status:
             state: State = "draining" if self._stops else "ready" if self._published else "connecting"
             try:
-                Status(state, len(self._running), time.monotonic()).write(file)
+                ProcessStatus(state, len(self._running), time.monotonic()).write(file)
             except OSError:  # a full disk ends no job: but what was said last would grow old, and we be killed for it
                 with suppress(OSError):
                     file.unlink(missing_ok=True)
@@ -183,9 +185,9 @@ class Worker:
         """A worker whose GPU thread is dead or hangs can do no more good: its supervisor starts another."""
         if not gpu.is_alive():
             raise RuntimeError("the GPU thread has died")
-        self._control.note()
+        self._turns.note()
         current = self.engine.current()
-        since = max(current.started, self._control.since) if current else 0.0
+        since = max(current.started, self._turns.since) if current else 0.0
         if current and time.monotonic() - since > max(HUNG_S, HUNG_FACTOR * current.predicted_s):
             log.error("the GPU hangs; this process ends", stage=current.stage, jobs=current.job_ids)
             os._exit(HUNG)

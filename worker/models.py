@@ -11,10 +11,10 @@ from typing import Any
 import structlog
 import torch
 
-from model.checkpoint import MMDIT, T5, TEXT_PARTS, CheckpointError, Outline, footprint, load_components, outline
+from model.card import CARD, card_at
+from model.checkpoint import MMDIT, T5, TEXT_PARTS, Outline, footprint, load_components, outline
 from model.config import VARIANTS
 from model.fp8 import has_fp8
-from model.lowrank import CARD, card_at
 from model.memory import Encoders, choose_encoders, gigabytes
 from model.params import SAMPLERS, GenerationParams
 from model.pipeline import Pipeline, run
@@ -22,6 +22,7 @@ from model.previews import fit_to, published
 from model.room import NoRoom, free_bytes
 from model.shelf import Shelf
 from model.text import T5_LENGTH
+from model.weights import CheckpointError
 from model.work import Work, generate
 from worker import fingerprint
 from worker.contract.cards import Defaults, Limits, ModelCard
@@ -113,7 +114,8 @@ class Loader:
             )
         except NoRoom as error:
             fp8 = footprint(source.path, dtype, load_t5=settings.t5, fp8=True)[MMDIT]
-            raise NoRoom(f"{source.name}: {error}; {advice(error, fp8)}") from None
+            message = f"{source.name}: {error}; {advice(error, fp8)}"
+            raise NoRoom(message, error.needs, error.device, error.free) from None
         told = card_at(source.path)
         card = make_card(source, parts.outline, told)
         pipeline = Pipeline(
@@ -281,10 +283,7 @@ def _aliases(told: dict[str, Any]) -> tuple[str, ...]:
 def _outside(defaults: Defaults, limits: Limits) -> str:
     """What of the defaults the limits forbid: nobody could leave it out of a request."""
     width, height = defaults.width, defaults.height
-    for side in (width, height):
-        if not limits.min_side <= side <= limits.max_side or side % limits.side_multiple:
-            return f"size {width}x{height}"
-    if not limits.min_pixels <= width * height <= limits.max_pixels:
+    if not limits.allows(width, height):
         return f"size {width}x{height}"
     if not 1 <= defaults.steps <= limits.max_steps:
         return f"steps {defaults.steps}"

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from worker.safety import SafetyFilter
 
-MEDIA_TYPE = "image/jpeg"
 QUALITY = 80
 
 

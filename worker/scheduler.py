@@ -18,13 +18,13 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
-from worker.contract.job import Priority
+from worker.contract.job import PRIORITIES, Priority
 
 PATIENCE: Final[dict[Priority, float]] = {"high": 2.0, "normal": 8.0, "low": 32.0}
 LEAST_S = 0.02
 """Shorter work is no more impatient than this."""
 
-RANK: Final[dict[Priority, int]] = {"high": 0, "normal": 1, "low": 2}
+RANK: Final = {priority: n for n, priority in enumerate(PRIORITIES)}
 
 
 class Pending(Protocol):

@@ -33,7 +33,7 @@ FOLDER_PREFIX = "darkroom-worker-"
 
 
 @dataclass(frozen=True)
-class Status:
+class ProcessStatus:
     """What a worker process is at."""
 
     state: State

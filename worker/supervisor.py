@@ -19,7 +19,7 @@ from worker.contract.errors import QueueUnavailable
 from worker.contract.settings import ContractSettings
 from worker.intake import Intake
 from worker.metrics import forget_gauges
-from worker.status import CANNOT_START, HUNG, Status, Turns
+from worker.status import CANNOT_START, HUNG, ProcessStatus, Turns
 
 log = structlog.get_logger()
 
@@ -76,9 +76,9 @@ class Slot:
             (self.folder / STATUS).unlink(missing_ok=True)
             forget_gauges(self.folder)
 
-    def status(self) -> Status | None:
+    def status(self) -> ProcessStatus | None:
         """What its process says; None: nothing yet, or there is none just now."""
-        return Status.read(self.folder / STATUS) if self.folder else None
+        return ProcessStatus.read(self.folder / STATUS) if self.folder else None
 
 
 @dataclass(eq=False)
@@ -148,7 +148,7 @@ class Supervisor:
                 return status
             time.sleep(POLL_S)
 
-    def _statuses(self) -> Iterator[Status]:
+    def _statuses(self) -> Iterator[ProcessStatus]:
         return (status for slot in self.slots if (status := slot.status()))
 
     def _on_exit(self, slot: Slot, child: Child) -> int:

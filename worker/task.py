@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Generator, Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from model.text import CLIP_LENGTH, T5_LENGTH
 from model.work import Begin, Decode, Denoise, Encode, Rendering, Work, image_tokens
-from worker.contract.job import Failure, Job, Priority, Progress
+from worker.contract.job import Failure, Job, Outcome, Priority, Progress
 from worker.forecast import Forecast, Kind
 from worker.scheduler import Room
 
 if TYPE_CHECKING:
     from worker.tracing import Timeline
-
-Outcome = Literal["succeeded", "failed", "canceled"]
 
 
 @dataclass(eq=False)
@@ -96,7 +94,7 @@ class Task:
     @property
     def rows(self) -> int:
         """Rows of one picture's step."""
-        return 2 if self.job.params.guided else 1
+        return self.job.params.rows
 
     @property
     def tokens(self) -> int:

@@ -11,20 +11,23 @@ from starlette.responses import JSONResponse
 
 from app.deps import GatewayDep, JobsDep
 from app.dialects.body import NO_PICTURES, Asked, checked, folded, read_json
+from app.dialects.call import Call, accept
 from app.dialects.models import card_named
 from app.dialects.retries import retry_of, told_once
 from app.dialects.sizes import of_ratio
-from app.dialects.synchronous import Call, accept, finish
+from app.dialects.synchronous import finish
+from app.errors import Shown
 from app.jobs import Jobs
 from app.links import Links
 from app.refusals import Refusal
 from worker.contract.cards import ModelCard
+from worker.contract.errors import InvalidField
 from worker.contract.job import MEDIA_TYPES, JobView, Webhook
 
 PREFIXES = ("/v1/inference",)
 
-OUR_NAMES = {"steps": "num_inference_steps"}
-"""Our fields by the names that they have here."""
+THEIR_NAMES = {"steps": "num_inference_steps"}
+"""What our fields are called here."""
 
 router = APIRouter(include_in_schema=False)
 
@@ -92,7 +95,9 @@ def result(view: JobView, images: list[str]) -> dict[str, Any]:
         "tokens_generated": 0,
         "tokens_input": 0,
     }
-    said = {"error": failure.message} if failure else {}
+    said: dict[str, Any] = {"error": failure.message} if failure else {}
+    if view.warnings:
+        said["warnings"] = view.warnings
     return {
         "images": images,
         "nsfw_content_detected": [bool(picture.filtered) for picture in pictures[: len(images)]],
@@ -103,7 +108,6 @@ def result(view: JobView, images: list[str]) -> dict[str, Any]:
 
 
 def _call(sent: dict[str, Any], asked: TextToImage, card: ModelCard) -> Call:
-    sized = asked.aspect_ratio is None or asked.width is not None or asked.height is not None
     create: dict[str, Any] = {
         "model": card.name,
         "prompt": asked.prompt,
@@ -112,9 +116,17 @@ def _call(sent: dict[str, Any], asked: TextToImage, card: ModelCard) -> Call:
         "steps": asked.num_inference_steps,
         "guidance_scale": asked.guidance_scale,
         "seed": folded(asked.seed),
-        **({"width": asked.width, "height": asked.height} if sized else of_ratio(asked.aspect_ratio or "1:1", card)),
+        **_size(asked, card),
     }
-    return Call(dialect="deepinfra", sent=sent, asked=asked, create=create, names=OUR_NAMES)
+    return Call(dialect="deepinfra", sent=sent, asked=asked, create=create, names=THEIR_NAMES)
+
+
+def _size(asked: TextToImage, card: ModelCard) -> dict[str, Any]:
+    if asked.aspect_ratio is None:
+        return {"width": asked.width, "height": asked.height}
+    if asked.width is not None or asked.height is not None:
+        raise InvalidField("aspect_ratio", Shown(asked.aspect_ratio), "nothing beside width or height")
+    return of_ratio(asked.aspect_ratio, card)
 
 
 def _data_url(data: bytes, kind: str) -> str:

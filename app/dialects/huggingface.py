@@ -10,10 +10,11 @@ from pydantic import Field
 from starlette.responses import JSONResponse
 
 from app.deps import GatewayDep, JobsDep
-from app.dialects.body import Asked, checked, folded, read_json
+from app.dialects.body import NO_PICTURES, Asked, checked, folded, read_json
+from app.dialects.call import Call, warnings_header
 from app.dialects.models import card_named
-from app.dialects.synchronous import Call, finish
-from app.errors import Shown, shortened
+from app.dialects.synchronous import finish
+from app.errors import Shown, Words, shortened
 from app.refusals import Refusal
 from model.params import Sampler
 from worker.contract.cards import ModelCard
@@ -22,8 +23,8 @@ from worker.contract.job import MEDIA_TYPES, OutputFormat
 
 PREFIXES = ("/huggingface",)
 
-OUR_NAMES = {"prompt": "inputs", "steps": "num_inference_steps", "sampler": "scheduler"}
-"""Our fields by the names that they have here."""
+THEIR_NAMES = {"prompt": "inputs", "steps": "num_inference_steps", "sampler": "scheduler"}
+"""What our fields are called here."""
 
 SCHEDULERS: dict[str, Sampler] = {
     "euler": "euler",
@@ -33,6 +34,10 @@ SCHEDULERS: dict[str, Sampler] = {
     "DPMSolverMultistepScheduler": "dpmpp_2m",
 }
 """Our samplers by the names that diffusers has for them, and by our own."""
+
+PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8")
+PICTURES_IN_BASE64 = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD")
+"""How PNG, JPEG, WebP and GIF begin: clients send one as the body, and beside parameters in place of the prompt."""
 
 router = APIRouter(include_in_schema=False)
 
@@ -66,7 +71,11 @@ async def text_to_image(
     model: Annotated[str, Path()], request: Request, jobs: JobsDep, gateway: GatewayDep
 ) -> Response:
     """The picture, in the first format of `Accept` that we write, else PNG."""
+    if (await request.body()).startswith(PICTURES):
+        raise InvalidField("inputs", Words("a picture"), NO_PICTURES)
     body = await read_json(request)
+    if str(body.get("inputs")).startswith(PICTURES_IN_BASE64):
+        raise InvalidField("inputs", Words("a picture"), NO_PICTURES)
     parameters = body.get("parameters") or {}
     if not isinstance(parameters, dict):
         raise InvalidField("parameters", Shown(parameters), "a JSON object")
@@ -77,7 +86,7 @@ async def text_to_image(
     call = _call(body, asked, await card_named(gateway.catalog, model), _accepted(request.headers.get("accept", "")))
     view = await finish(call, jobs, gateway, request)
     data, picture = await jobs.picture(view, 0)
-    facts = {"x-seed": str(picture.seed), "x-filtered": json.dumps(picture.filtered)}
+    facts = {"x-seed": str(picture.seed), "x-filtered": json.dumps(picture.filtered)} | warnings_header(view)
     return Response(data, headers={"content-type": MEDIA_TYPES[picture.format]} | facts)
 
 
@@ -99,7 +108,7 @@ def _call(sent: dict[str, Any], asked: TextToImage, card: ModelCard, accepted: O
         "seed": folded(asked.seed),
         "output_format": asked.output_format or accepted,
     }
-    return Call(dialect="huggingface", sent=[sent, accepted], asked=asked, create=create, names=OUR_NAMES)
+    return Call(dialect="huggingface", sent=[sent, accepted], asked=asked, create=create, names=THEIR_NAMES)
 
 
 def _accepted(accept: str) -> OutputFormat:

@@ -19,12 +19,13 @@ from starlette.responses import JSONResponse
 
 from app.deps import CallerDep, Gateway, GatewayDep, JobsDep
 from app.dialects.body import Asked, checked, folded, in_their_words, read_json
+from app.dialects.call import Call, accept, comes_back
 from app.dialects.models import card_named, default_card, find_card
 from app.dialects.partials import jpeg_size, partial_pictures
 from app.dialects.retries import retry_of, told_once
 from app.dialects.sizes import fitted
-from app.dialects.synchronous import Call, accept, comes_back, finish, succeeded
-from app.errors import NotServed
+from app.dialects.synchronous import finish, succeeded
+from app.errors import NotServed, Shown
 from app.jobs import Jobs, finished_picture
 from app.refusals import Refusal, status_of
 from app.sse import EventStream
@@ -33,17 +34,13 @@ from worker.contract.cards import ModelCard
 from worker.contract.errors import DarkroomError, InvalidField
 from worker.contract.job import TERMINAL, JobView
 
-PREFIXES = ("/openai/v1", "/v1/openai")
-"""The second is DeepInfra's."""
+PREFIXES = ("/openai/v1", "/v1/openai", "/v1/images")
+"""The second is DeepInfra's; the third is for clients of other servers, whose base url ends in /v1."""
 
-OUR_NAMES = {
-    "width": "size",
-    "height": "size",
-    "aspect_ratio": "size",
-    "num_images": "n",
-    "output_quality": "output_compression",
-}
-"""Our fields by the names that they have here."""
+DEEPINFRA = "/v1/openai/"
+
+SIZES = ("width", "height", "aspect_ratio")
+"""Our fields that OpenAI's `size` stands for."""
 
 Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
 STEPS: dict[Quality, float] = {"low": 0.5, "high": 1.5, "hd": 1.5, "xhigh": 2, "max": 3}
@@ -71,7 +68,7 @@ UNMETERED = {
     "total_tokens": 0,
     "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
 }
-"""The usage that an event must have: nothing here is sold by the token."""
+"""What clients of GPT Image models read: nothing here is sold by the token."""
 
 STATUS = {422: 400}
 CODES = {"unknown_model": "model_not_found", "unauthorized": "invalid_api_key", "invalid_field": "invalid_value"}
@@ -103,18 +100,22 @@ class ImageGenerate(Asked):
     steps: int | None = Field(None, ge=1, description="a whole number, at least 1")
     num_inference_steps: int | None = Field(None, ge=1, description="a whole number, at least 1")
     guidance_scale: float | None = Field(None, ge=0, description="a number, at least 0")
+    cfg_scale: float | None = Field(None, ge=0, description="a number, at least 0; the same as guidance_scale")
+    width: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
+    height: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
+    aspect_ratio: str | None = Field(None, max_length=32, description="two whole numbers, such as 16:9")
     sampler: Sampler | None = Field(None, description="euler, dpmpp_2m")
     deterministic: bool = Field(False, description="true, false")
 
 
 @router.post("/openai/v1/images/generations")
 @router.post("/v1/openai/images/generations")
+@router.post("/v1/images/generations")
 async def generate(request: Request, jobs: JobsDep, gateway: GatewayDep) -> Response:
     """Pictures, in JSON once they are made, or in events as they are."""
     body = await read_json(request)
     asked = checked(ImageGenerate, body)
-    card = find_card(await gateway.catalog.cards(), asked.model)
-    card = card or await default_card(gateway.catalog, gateway.queue, gateway.settings.default_model)
+    card = await _card(request, asked.model, gateway)
     call = _call(body, asked, card)
     if asked.stream:
         view = await accept(call, jobs, request, hold_s=gateway.settings.hold_s)
@@ -130,6 +131,8 @@ async def generate(request: Request, jobs: JobsDep, gateway: GatewayDep) -> Resp
 @router.post("/openai/v1/images/variations")
 @router.post("/v1/openai/images/edits")
 @router.post("/v1/openai/images/variations")
+@router.post("/v1/images/edits")
+@router.post("/v1/images/variations")
 async def from_pictures(request: Request, _caller: CallerDep) -> Response:
     """What starts from pictures."""
     raise NotServed(f"images/{request.url.path.rpartition('/')[2]}", "images/generations; pictures from text only")
@@ -163,6 +166,14 @@ def render(said: Refusal) -> Response:
     return JSONResponse({"error": error}, status, {**said.headers, "x-should-retry": "true" if again else "false"})
 
 
+async def _card(request: Request, model: str, gateway: Gateway) -> ModelCard:
+    """The card of a model; of the default one for names such as OpenAI's own, but not at DeepInfra's path."""
+    if model and request.url.path.startswith(DEEPINFRA):
+        return await card_named(gateway.catalog, model)
+    card = find_card(await gateway.catalog.cards(), model)
+    return card or await default_card(gateway.catalog, gateway.queue, gateway.settings.default_model)
+
+
 def _call(sent: dict[str, Any], asked: ImageGenerate, card: ModelCard) -> Call:
     steps = asked.steps or asked.num_inference_steps
     create: dict[str, Any] = {
@@ -170,7 +181,7 @@ def _call(sent: dict[str, Any], asked: ImageGenerate, card: ModelCard) -> Call:
         "prompt": asked.prompt,
         "negative_prompt": asked.negative_prompt,
         "steps": _steps(asked.quality, card) if steps is None else steps,
-        "guidance_scale": asked.guidance_scale,
+        "guidance_scale": asked.cfg_scale if asked.guidance_scale is None else asked.guidance_scale,
         "seed": folded(asked.seed),
         "sampler": asked.sampler,
         "deterministic": asked.deterministic,
@@ -179,19 +190,33 @@ def _call(sent: dict[str, Any], asked: ImageGenerate, card: ModelCard) -> Call:
         "output_quality": max(1, asked.output_compression),
         **_size(asked, card),
     }
-    names = OUR_NAMES | ({"steps": "num_inference_steps"} if asked.steps is None else {})
-    return Call(dialect="openai", sent=sent, asked=asked, create=create, names=names)
+    return Call(dialect="openai", sent=sent, asked=asked, create=create, names=_names(asked))
 
 
-def _size(asked: ImageGenerate, card: ModelCard) -> dict[str, int]:
+def _names(asked: ImageGenerate) -> dict[str, str]:
+    """Our field names to those that the client used."""
+    names = {"num_images": "n", "output_quality": "output_compression"}
+    if asked.size != "auto":
+        names |= dict.fromkeys(SIZES, "size")
+    if asked.steps is None:
+        names["steps"] = "num_inference_steps"
+    if asked.guidance_scale is None:
+        names["guidance_scale"] = "cfg_scale"
+    return names
+
+
+def _size(asked: ImageGenerate, card: ModelCard) -> dict[str, Any]:
+    given = {name: value for name in SIZES if (value := getattr(asked, name)) is not None}
     if asked.size == "auto":
-        return {}
+        return given
+    if given:
+        raise InvalidField("size", Shown(asked.size), f"nothing beside {' or '.join(given)}")
     width, height = map(int, asked.size.split("x"))
     if asked.size in VENDORS_SIZES:
         try:
             width, height = fitted(width, height, card)
         except InvalidField as error:
-            raise in_their_words(error, OUR_NAMES, asked) from error
+            raise in_their_words(error, _names(asked), asked) from error
     return {"width": width, "height": height}
 
 
@@ -206,9 +231,10 @@ async def _answer(view: JobView, jobs: Jobs, asked: ImageGenerate) -> dict[str, 
     wanted = asked.response_format or ("url" if asked.model in URL_MODELS else "b64_json")
     data = []
     for n, seed in enumerate(view.job.seeds):
-        picture = jobs.image_url(view, n) if wanted == "url" else b64encode((await jobs.picture(view, n))[0]).decode()
+        picture = jobs.links.image(view, n) if wanted == "url" else b64encode((await jobs.picture(view, n))[0]).decode()
         data.append({wanted: picture, "seed": seed, "filtered": finished_picture(view, n).filtered})
-    return {"created": int(view.ended_at or time.time()), "data": data} | _made(view, asked)
+    said = {"created": int(view.ended_at or time.time()), "data": data} | _made(view, asked) | {"usage": UNMETERED}
+    return said | ({"warnings": view.warnings} if view.warnings else {})
 
 
 async def _events(
@@ -249,6 +275,7 @@ def _event(name: str, picture: bytes, facts: dict[str, Any]) -> bytes:
 def _made(view: JobView, asked: ImageGenerate) -> dict[str, Any]:
     """What answers and events tell of the pictures."""
     return {
+        "model": view.job.model,
         "size": f"{view.job.params.width}x{view.job.params.height}",
         "quality": SAID.get(asked.quality, asked.quality),
         "output_format": view.job.output.format,

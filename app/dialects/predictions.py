@@ -11,11 +11,10 @@ from pydantic import Field
 
 from app.dialects.body import Asked, folded
 from app.dialects.sizes import of_ratio
-from app.dialects.synchronous import LATE
 from app.links import Links
 from app.schemas import timestamp
 from worker.contract.cards import ModelCard
-from worker.contract.job import Job, JobView, WebhookEvent
+from worker.contract.job import DEADLINE_EXCEEDED, Job, JobView, WebhookEvent
 
 LOG_LINES = 50
 """Lines of progress that the logs of a prediction hold at most."""
@@ -111,6 +110,13 @@ def fields_of(asked: Input, card: ModelCard, published: Published) -> dict[str, 
     }
 
 
+def ignored(asked: Input, sent: dict[str, Any]) -> list[str]:
+    """What was sent in vain: what no model here has, and a shape beside a size."""
+    unknown = {name[:40] for name, value in sent.items() if value} - set(Input.model_fields)
+    beside = asked.aspect_ratio and (asked.size or asked.width or asked.height)
+    return sorted(unknown)[:20] + (["aspect_ratio beside a size"] if beside else [])
+
+
 def names_of(asked: Input) -> dict[str, str]:
     """Our field names to those that the client used."""
     return {
@@ -174,7 +180,7 @@ def status_of(view: JobView) -> str:
     client cannot read that word.
     """
     failure = view.result.failure if view.result else None
-    if failure and failure.code == LATE and "cancel_after_s" in view.job.echo:
+    if failure and failure.code == DEADLINE_EXCEEDED and "cancel_after_s" in view.job.echo:
         return "canceled"
     return STATUS.get(view.status, view.status)
 
@@ -183,8 +189,9 @@ def logs(view: JobView) -> str:
     """What there is to say so far: only ever longer, for clients show what was added."""
     step = view.progress.step if view.progress else 0
     text = progress_log(view.job, step)
-    warnings = view.result.warnings if view.result else ()
-    return text + "".join(f"Warning: {warning}\n" for warning in warnings if warning not in view.job.warnings)
+    text += "".join(f"Warning: {warning}\n" for warning in view.warnings[len(view.job.warnings) :])
+    failure = view.result.failure if view.result else None
+    return f"{text}Canceled: {failure.message}\n" if failure and status_of(view) == "canceled" else text
 
 
 def progress_log(job: Job, step: int) -> str:

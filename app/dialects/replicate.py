@@ -20,10 +20,10 @@ from starlette.responses import JSONResponse
 from app.deps import CallerDep, Gateway, GatewayDep, JobId, JobsDep, JobsOrSigned, LinksDep, preferred_wait_s
 from app.dialects import predictions
 from app.dialects.body import NO_PICTURES, Asked, checked, read_json
+from app.dialects.call import Call, accept, comes_back
 from app.dialects.models import card_named
 from app.dialects.predictions import EVENTS, VERSIONS, Input, Published, prediction, published_as, version_id
 from app.dialects.retries import Retry, adopted, retry_of
-from app.dialects.synchronous import Call, accept, comes_back
 from app.errors import ClientGone, Shown, Words
 from app.jobs import Jobs
 from app.refusals import Refusal
@@ -106,6 +106,19 @@ async def create_by_deployment(owner: str, name: str, request: Request, jobs: Jo
     """The same: here every model is deployed under its name."""
     wanted = await _by_name(owner, name, gateway, deployed=True)
     return await _create(await read_json(request), wanted, request, jobs, gateway)
+
+
+@router.get("/v1/deployments")
+async def list_deployments(_: CallerDep) -> dict[str, Any]:
+    """None: a deployment is there for who names it."""
+    return {"previous": None, "next": None, "results": []}
+
+
+@router.get("/v1/deployments/{owner}/{name}")
+async def get_deployment(owner: str, name: str, gateway: GatewayDep, _: CallerDep) -> dict[str, Any]:
+    """The deployment of a model; nothing was ever released, for it is always the latest version."""
+    await _by_name(owner, name, gateway, deployed=True)
+    return {"owner": owner, "name": name, "current_release": None}
 
 
 @router.get("/v1/predictions")
@@ -241,7 +254,7 @@ def _call(sent: dict[str, Any], asked: Create, wanted: Wanted, cancel_after_s: i
         "version": wanted.version,
         "array": wanted.published.array,
         "input": asked.input,
-        "ignored": sorted({name[:40] for name, value in asked.input.items() if value} - set(Input.model_fields))[:20],
+        "ignored": predictions.ignored(given, asked.input),
         "cancel_after_s": cancel_after_s,
         "deployment": wanted.deployment,
         "webhook_events_filter": asked.webhook_events_filter,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from app.size import MEGAPIXEL, size_of
-from worker.contract.cards import Limits, ModelCard
+from worker.contract.cards import ModelCard
 
 OF_RATIO = {
     "21:9": (1536, 640),
@@ -25,7 +25,7 @@ def of_ratio(aspect_ratio: str, card: ModelCard) -> dict[str, Any]:
     """The fields of a request for a picture of this shape: the vendors' own size where the model makes 1024x1024."""
     width, height = OF_RATIO.get(aspect_ratio, (0, 0))
     is_usual = (card.defaults.width, card.defaults.height) == OF_RATIO["1:1"]
-    if is_usual and is_legal(width, height, card.limits):
+    if is_usual and card.limits.allows(width, height):
         return {"width": width, "height": height}
     return {"aspect_ratio": aspect_ratio}
 
@@ -33,15 +33,8 @@ def of_ratio(aspect_ratio: str, card: ModelCard) -> dict[str, Any]:
 def fitted(width: int, height: int, card: ModelCard) -> tuple[int, int]:
     """The same size if the model makes it, else the nearest that it makes in this shape. InvalidField if none."""
     limits = card.limits
-    if is_legal(width, height, limits):
+    if limits.allows(width, height):
         return width, height
     most = min(limits.max_pixels, limits.max_side**2 * min(width, height) // max(width, height))
     pixels = max(min(width * height, most), limits.min_pixels)
     return size_of(f"{width}:{height}", pixels / MEGAPIXEL, card.defaults, limits)
-
-
-def is_legal(width: int, height: int, limits: Limits) -> bool:
-    """Whether a model makes pictures of exactly this size."""
-    sides_fit = limits.min_side <= min(width, height) and max(width, height) <= limits.max_side
-    multiples = width % limits.side_multiple == height % limits.side_multiple == 0
-    return sides_fit and multiples and limits.min_pixels <= width * height <= limits.max_pixels

@@ -16,9 +16,10 @@ from starlette.responses import JSONResponse
 
 from app.deps import CallerDep, GatewayDep, JobsDep
 from app.dialects.body import NO_PICTURES, Asked, Form, checked, read_form
+from app.dialects.call import Call, accept, warnings_header
 from app.dialects.models import card_named
 from app.dialects.sizes import of_ratio
-from app.dialects.synchronous import Call, accept, finish, succeeded
+from app.dialects.synchronous import finish, succeeded
 from app.errors import NotServed, Shown, Words
 from app.jobs import Jobs
 from app.refusals import Refusal
@@ -29,10 +30,13 @@ from worker.contract.job import MEDIA_TYPES, TERMINAL, JobView
 PREFIXES = ("/v2beta",)
 
 DEFAULT_MODEL = "sd3.5-large"
-OUR_NAMES = {"guidance_scale": "cfg_scale"}
-"""Our fields by the names that they have here."""
+THEIR_NAMES = {"guidance_scale": "cfg_scale"}
+"""What our fields are called here."""
 
 AspectRatio = Literal["21:9", "16:9", "3:2", "5:4", "1:1", "4:5", "2:3", "9:16", "9:21"]
+
+CFG_SCALE = {"large": 4.0, "medium": 4.0, "large-turbo": 1.0}
+"""Stability's own defaults, by variant; other models have theirs."""
 
 STYLES = {
     "3d-model": "3D model, rendered",
@@ -162,9 +166,11 @@ def _call(form: Form, asked: StableImage, card: ModelCard) -> Call:
         **of_ratio(asked.aspect_ratio, card),
         "seed": asked.seed or None,
         "output_format": asked.output_format,
-        "guidance_scale": asked.cfg_scale,
+        "guidance_scale": CFG_SCALE.get(card.variant) if asked.cfg_scale is None else asked.cfg_scale,
     }
-    return Call(dialect="stability", sent=[form.text, sorted(form.files)], asked=asked, create=create, names=OUR_NAMES)
+    return Call(
+        dialect="stability", sent=[form.text, sorted(form.files)], asked=asked, create=create, names=THEIR_NAMES
+    )
 
 
 async def _answer(view: JobView, jobs: Jobs, request: Request) -> Response:
@@ -174,5 +180,6 @@ async def _answer(view: JobView, jobs: Jobs, request: Request) -> Response:
     reason = "CONTENT_FILTERED" if picture.filtered else "SUCCESS"
     if "application/json" in request.headers.get("accept", "").lower():
         body = {"image": b64encode(data).decode(), "seed": picture.seed, "finish_reason": reason}
-        return JSONResponse(body, headers={"content-type": f"application/json; type={kind}"})
-    return Response(data, headers={"content-type": kind, "finish-reason": reason, "seed": str(picture.seed)})
+        return JSONResponse(body, headers={"content-type": f"application/json; type={kind}"} | warnings_header(view))
+    facts = {"finish-reason": reason, "seed": str(picture.seed)} | warnings_header(view)
+    return Response(data, headers={"content-type": kind} | facts)

@@ -2,70 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-from pydantic import BaseModel
 from starlette.requests import Request
 
 from app.deps import Gateway
-from app.dialects.body import checked, in_their_words
+from app.dialects.call import Call, accept, comes_back
 from app.dialects.retries import Retry, adopted, wait_for_retry
 from app.errors import ClientGone, GenerationCanceled, GenerationFailed, NotInTime, ShuttingDown, StillMaking
-from app.idempotency import HEADER as IDEMPOTENCY_KEY
-from app.idempotency import idempotency
 from app.jobs import Jobs
-from app.schemas import GenerationCreate
-from worker.contract.errors import InvalidField, QueueUnavailable
-from worker.contract.job import TERMINAL, JobView, Webhook
-from worker.contract.queue import Idempotency
-
-LATE = "deadline_exceeded"
-"""Code of a failure: the job's deadline passed."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a vendor's client: what it asks for in our words and in its own."""
-
-    dialect: str
-    sent: Any  # the body as it was read, with what else decides on the job; JSON-ready
-    asked: BaseModel
-    create: dict[str, Any]  # fields of GenerationCreate; None: not said
-    names: Mapping[str, str] = field(default_factory=dict)  # our field names to theirs, where they differ
-    echo: dict[str, Any] = field(default_factory=dict)
-
-
-async def accept(
-    call: Call,
-    jobs: Jobs,
-    request: Request | None = None,
-    *,
-    hold_s: float | None = None,
-    webhook: Webhook | None = None,
-) -> JobView:
-    """The accepted job. With `hold_s`: WaitTooLong if it would start later than that, and late after that time.
-
-    request: the same `Idempotency-Key` with the same body asks for nothing new.
-    All that Jobs.accept raises; a wrong field under the name that the client knows.
-    """
-    fields = {name: value for name, value in call.create.items() if value is not None}
-    if hold_s is not None and not comes_back(request):
-        fields.setdefault("deadline_s", math.ceil(hold_s))  # should this gateway die, nobody waits any longer
-    try:
-        create = checked(GenerationCreate, fields)
-        return await jobs.accept(
-            create,
-            dialect=call.dialect,
-            echo=call.echo,
-            webhook=webhook,
-            idempotency=_once(call, jobs, request),
-            hold_s=hold_s,
-        )
-    except InvalidField as error:
-        raise in_their_words(error, call.names, call.asked) from error
+from worker.contract.errors import QueueUnavailable
+from worker.contract.job import DEADLINE_EXCEEDED, TERMINAL, JobView
 
 
 async def finish(call: Call, jobs: Jobs, gateway: Gateway, request: Request, retry: Retry | None = None) -> JobView:
@@ -87,19 +32,6 @@ async def finish(call: Call, jobs: Jobs, gateway: Gateway, request: Request, ret
     if view.status not in TERMINAL:
         view = await (_left_running(view, gateway) if keyed else _given_up(view, gateway, retry))
     return succeeded(view)
-
-
-def comes_back(request: Request | None) -> bool:
-    """Whether a client can ask for the same job again, by its key: the job goes on when it stops waiting."""
-    return request is not None and IDEMPOTENCY_KEY in request.headers
-
-
-def _once(call: Call, jobs: Jobs, request: Request | None) -> Idempotency | None:
-    """What the key stands for: what was sent, not what it came to, which changes with the models that are held."""
-    key = None if request is None else request.headers.get(IDEMPOTENCY_KEY)
-    if request is None or key is None:
-        return None
-    return idempotency(key, owner=jobs.caller.id, route=f"POST {request.url.path}", request=call.sent)
 
 
 async def _left_running(view: JobView, gateway: Gateway) -> JobView:
@@ -141,6 +73,6 @@ def succeeded(view: JobView) -> JobView:
     failure = view.result.failure if view.result else None
     if failure is None:
         raise GenerationCanceled
-    if failure.code == LATE:
-        raise NotInTime(view.job.deadline - view.job.created_at)
+    if failure.code == DEADLINE_EXCEEDED:
+        raise NotInTime(view.job.deadline - view.job.created_at, failure.message)
     raise GenerationFailed(failure.code, failure.message)

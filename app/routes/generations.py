@@ -6,13 +6,13 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response, status
 
-from app.deps import JOB_ID, JobId, JobsDep, JsonOnly, RepeatKey, WaitSeconds
+from app.deps import IdempotencyKey, JobId, JobsDep, JsonOnly, WaitSeconds
 from app.errors import Shown
 from app.examples import QUEUED
 from app.idempotency import idempotency
 from app.schemas import MAX_PAGE, Generation, GenerationCreate, GenerationPage, refusals
 from worker.contract.errors import InvalidField
-from worker.contract.job import TERMINAL
+from worker.contract.job import JOB_ID, TERMINAL
 
 ROUTE = "/v1/generations"
 
@@ -37,16 +37,16 @@ async def create_generation(
     wait_s: WaitSeconds,
     request: Request,
     response: Response,
-    repeat_key: RepeatKey = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Generation:
     """Accepts a job and answers with its id; with `Prefer: wait=N`, after it has ended or N seconds.
 
     The same `Idempotency-Key` with the same body gives the first answer again for 24 hours.
     """
     once = None
-    if repeat_key is not None:
+    if idempotency_key is not None:
         body = create.model_dump(mode="json")
-        once = idempotency(repeat_key, owner=jobs.caller.id, route=f"POST {ROUTE}", request=body)
+        once = idempotency(idempotency_key, owner=jobs.caller.id, route=f"POST {ROUTE}", request=body)
     view = await jobs.accept(create, idempotency=once)
     if request.state.replayed:
         response.headers["idempotency-replayed"] = "true"

@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Path, Request, Response, status
 
 from app.deps import JobId, JobsOrSigned
+from app.etags import holds
 from app.jobs import finished_picture
 from app.schemas import refusals
 from worker.contract.job import MEDIA_TYPES, JobView
@@ -49,7 +50,7 @@ async def get_image(
     picture = finished_picture(view, n)
     tag = f'"{hashlib.blake2b(picture.key.encode(), digest_size=12).hexdigest()}"'
     headers = {"etag": tag, "cache-control": f"private, max-age={_seconds_left(view)}, immutable"}
-    if _holds(if_none_match, tag):
+    if holds(if_none_match, tag):
         return Response(status_code=status.HTTP_304_NOT_MODIFIED, headers=headers)
     expires_s = min(LINK_S, _seconds_left(view))
     # a link is signed for GET alone, so whoever asks for the head is answered here
@@ -65,9 +66,3 @@ async def get_image(
 def _seconds_left(view: JobView) -> int:
     expires_at = view.result.expires_at if view.result else None
     return 0 if expires_at is None else max(0, int(expires_at - time.time()))
-
-
-def _holds(if_none_match: str | None, tag: str) -> bool:
-    """Weak comparison, as If-None-Match asks for."""
-    held = [candidate.strip().removeprefix("W/") for candidate in (if_none_match or "").split(",")]
-    return tag in held or held == ["*"]

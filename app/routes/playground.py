@@ -11,6 +11,7 @@ from fastapi import APIRouter, Header, Response
 from starlette.exceptions import HTTPException
 
 from app.deps import Gateway, GatewayDep
+from app.etags import holds
 
 FOLDER = Path(__file__).parents[1] / "playground"
 MEDIA_TYPES = {
@@ -65,8 +66,7 @@ async def _file(name: str, if_none_match: str, gateway: Gateway) -> Response:
     tag = f'"{hashlib.blake2b(data, digest_size=12).hexdigest()}"'
     pictures = " ".join(("'self'", "data:", *([gateway.store.origin] if gateway.store.origin else [])))
     headers = {**HEADERS, "content-security-policy": POLICY.format(pictures=pictures), "etag": tag}
-    held = [candidate.strip().removeprefix("W/") for candidate in if_none_match.split(",")]
-    if tag in held or held == ["*"]:
+    if holds(if_none_match, tag):
         return Response(status_code=304, headers=headers)
     return Response(data, headers=headers, media_type=MEDIA_TYPES[Path(name).suffix])
 

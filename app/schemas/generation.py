@@ -189,7 +189,7 @@ class Generation(BaseModel):
             seeds=job.seeds,
             images=[Image.of(picture, links.image(view, n)) for n, picture in enumerate(pictures)],
             fingerprint=result.fingerprint if result else None,
-            warnings=list(dict.fromkeys((*job.warnings, *(result.warnings if result else ())))),
+            warnings=list(view.warnings),
             timings=_timings(view),
             error=GenerationError(code=failure.code, message=failure.message) if failure else None,
             webhook=_webhook(view),

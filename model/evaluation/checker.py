@@ -27,7 +27,6 @@ COLOUR_NAMES = tuple(COLOURS)
 MALFORMED = "none"
 """What the shape of a thing is called that is none of the shapes."""
 
-STRIDE = 8  # pixels a cell
 SIDE = 256  # pixels, of the shorter side of what the network is shown
 THRESHOLD = 0.3  # how sure a centre must be
 MAX_SEEN = 8  # things a picture, the surest

@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from model.evaluation.subject import Subject, load_subject
-from model.pipeline import generate, run
+from model.pipeline import run
 from model.training.samples import PROMPTS
 from model.training.sheets import contact_sheet
 from model.weights import CheckpointError
+from model.work import generate
 
 STYLES = ("flat illustration", "line art", "pixel art", "watercolour", "3D render")
 SEEDS = 4

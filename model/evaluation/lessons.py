@@ -11,10 +11,10 @@ from torch import Tensor
 from model.evaluation.checker import COLOUR_NAMES
 from model.evaluation.damage import Field, Poses, blend, grain, no_field, soften, tint, warp
 from model.training.drawing import MAX_THINGS, draw, pack
-from model.training.feed import HELD_OUT_SEEDS, Batch, Chunk
+from model.training.feed import Batch, Chunk
 from model.training.palette import COLOURS
 from model.training.scenes import KINDS, SHAPES, STYLES, Scene, sample_scene
-from model.training.sources import Frame
+from model.training.sources import HELD_OUT_SEEDS, Frame
 from model.vae import VAE
 
 CHUNK = 64

@@ -65,7 +65,7 @@ def settings_for(card: Card) -> list[Setting]:
 
 def work(params: GenerationParams) -> float:
     """What a picture costs, about, in megapixel-steps; decoding is worth three."""
-    return params.width * params.height / 1e6 * (params.steps * (2 if params.guided else 1) + 3)
+    return params.width * params.height / 1e6 * (params.steps * params.rows + 3)
 
 
 @dataclass

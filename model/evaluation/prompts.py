@@ -17,8 +17,8 @@ from model.training.captions import (
     SHAPE_WORDS,
     STYLE_WORDS,
     colour_words,
+    with_article,
 )
-from model.training.feed import HELD_OUT_SEEDS
 from model.training.palette import COLOURS, LIGHT_COLOURS
 from model.training.scenes import (
     KINDS,
@@ -35,6 +35,7 @@ from model.training.scenes import (
     stands_out,
     visible_looks,
 )
+from model.training.sources import HELD_OUT_SEEDS
 
 EVALUATION_SEEDS = 3 * HELD_OUT_SEEDS
 STATED = 0.7  # the share of requests that say where things are
@@ -107,7 +108,7 @@ def open_requests() -> Iterator[OpenRequest]:
     seed = EVALUATION_SEEDS + HELD_OUT_SEEDS // 4
     while True:
         shape, ground = rng.choice(shapes), rng.choice(grounds)
-        yield OpenRequest(f"{_with_article(shape)} on {_with_article(ground)} background", shape, seed)
+        yield OpenRequest(f"{with_article(shape)} on {with_article(ground)} background", shape, seed)
         seed += 1
 
 
@@ -208,7 +209,7 @@ def _end(place: str) -> str:
 
 
 def _noun(rng: Random, thing: Asked) -> str:
-    return _with_article(f"{rng.choice(colour_words(thing.colour))} {rng.choice(SHAPE_WORDS[thing.shape])}")
+    return with_article(f"{rng.choice(colour_words(thing.colour))} {rng.choice(SHAPE_WORDS[thing.shape])}")
 
 
 def _behind(rng: Random, background: Background, things: tuple[Asked, ...]) -> str:
@@ -220,7 +221,7 @@ def _behind(rng: Random, background: Background, things: tuple[Asked, ...]) -> s
     if background.kind == "gradient":
         return f"on a gradient from {top} to {rng.choice(colour_words(background.second))}"
     shade = "light " if background.tone == "light" else ""
-    return f"{rng.choice(('on', 'against'))} {_with_article(shade + top)} background"
+    return f"{rng.choice(('on', 'against'))} {with_article(shade + top)} background"
 
 
 def _styled(sentence: str, style: str, rng: Random) -> str:
@@ -228,7 +229,3 @@ def _styled(sentence: str, style: str, rng: Random) -> str:
     if suffixes and rng.random() < 0.5:
         return sentence + rng.choice(suffixes)
     return rng.choice(prefixes) + sentence
-
-
-def _with_article(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from model.evaluation.subject import Subject, load_subject
 from model.params import GenerationParams
-from model.pipeline import Decode, NonFiniteLatents, Pipeline, Work, generate
+from model.pipeline import Pipeline
+from model.work import Decode, NonFiniteLatents, Work, generate
 
 MAX_PROCESSES = 4
 PIXELS_AT_ONCE = 32 * 512 * 512

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from model.card import CARD, card_at
 from model.checkpoint import load_components
 from model.config import VARIANTS
-from model.lowrank import CARD, card_at
 from model.params import SAMPLERS, GenerationParams, Sampler
 from model.pipeline import Pipeline
 from model.text import T5_LENGTH

@@ -30,7 +30,8 @@ def has_triton(device: torch.device) -> bool:
         from model.kernels import triton_kernels
 
         # A kernel without fp8, which GPUs before Ada have not: see fp8.has_fp8.
-        triton_kernels.joined_heads(torch.ones(1, 1, 3, 1, 64, device=device), None, None).sum().item()
+        ones = torch.ones(1, 1, 3, 1, 64, device=device)
+        triton_kernels.joined_heads(ones, ones, None).sum().item()
     except Exception as problem:  # of Triton, of the compiler that it calls, of the driver
         log.warning("Triton does not work here, so plain operations are used, which are slower: %s", str(problem)[:500])
         return False

@@ -92,7 +92,7 @@ def norm_heads(qkv: Tensor, weights: Tensor | None, image: int) -> Tensor:
     return qkv
 
 
-def joined_heads(image: Tensor, text: Tensor | None, weights: Tensor | None) -> Tensor:
+def joined_heads(image: Tensor, text: Tensor, weights: Tensor | None) -> Tensor:
     """The queries, keys and values of both streams side by side, queries and keys normed as by `norm_heads`.
 
     image, text : shape = (batch, tokens, 3, heads, head_dim), contiguous
@@ -102,7 +102,7 @@ def joined_heads(image: Tensor, text: Tensor | None, weights: Tensor | None) -> 
         from model.kernels import triton_kernels
 
         return triton_kernels.joined_heads(image, text, weights)
-    return norm_heads(torch.cat([image] if text is None else [image, text], dim=1), weights, image.shape[1])
+    return norm_heads(torch.cat([image, text], dim=1), weights, image.shape[1])
 
 
 def _tiled(qkv: Tensor) -> bool:

@@ -117,20 +117,19 @@ def woven(x: Tensor) -> tuple[Tensor, Tensor]:
     return y, statistics(y)
 
 
-def rgb(x: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+def rgb(x: Tensor, bias: Tensor) -> Tensor:
     """8-bit pictures of x + bias, in about [-1, 1]: (x + 1) * 127.5, rounded and cut to [0, 255].
 
     x : shape = (batch, h, w, 3 or more channels), contiguous; those after the third are ignored
     bias : shape = (3 or more,)
-    out : where it goes, shape = (batch, h, w, 3), uint8, contiguous; absent: to a tensor of its own
+    returns : shape = (batch, h, w, 3), uint8
     """
     if fused(x):
         from model.kernels import triton_groupnorm
 
-        return triton_groupnorm.rgb(x, bias, out)
+        return triton_groupnorm.rgb(x, bias)
     y = x[..., :3].float() + bias[:3].float()
-    y = y.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    return y if out is None else out.copy_(y)
+    return y.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def softmax(scores: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -299,10 +299,10 @@ def add_upsampled(x: Tensor, h: Tensor | None, bias: Tensor | None) -> Tensor:
     return out
 
 
-def rgb(x: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
+def rgb(x: Tensor, bias: Tensor) -> Tensor:
     """See groupnorm."""
     batch, height, width, channels = x.shape
-    out = torch.empty((batch, height, width, 3), dtype=torch.uint8, device=x.device) if out is None else out
+    out = torch.empty((batch, height, width, 3), dtype=torch.uint8, device=x.device)
     positions = batch * height * width
     _rgb_kernel[(triton.cdiv(positions, 512),)](x, bias, out, positions, channels, ROWS=512, num_warps=4)
     return out

@@ -7,20 +7,19 @@ first rows are written last, with which the matrix product that comes next begin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels import elementwise
+from model.kernels.elementwise import FP8, Branch, Modulated, Rows
 from model.layers import NORM_EPS
 
-if TYPE_CHECKING:
-    from model.kernels.elementwise import Branch, Modulated, Rows
-
-FP8_MAX = tl.constexpr(448.0)
-SMALLEST_SCALE = tl.constexpr(1e-12)
+FP8_MAX = tl.constexpr(elementwise.FP8_MAX)
+SMALLEST_SCALE = tl.constexpr(elementwise.SMALLEST_SCALE)
 
 # A row is held as two tiles, MAIN and REST, whose widths are powers of two: one tile of the next power of two would be
 # two fifths empty for rows of 2,432 or 9,728. REST is 0 where the row is a power of two.
@@ -208,13 +207,13 @@ def _joined_heads_kernel(
     tl.store(out + (row * 3 + which) * (HEADS * HEAD_DIM) + tile, v.to(out.dtype.element_ty), mask=mask)
 
 
-def joined_heads(image: Tensor, text: Tensor | None, weights: Tensor | None) -> Tensor:
+def joined_heads(image: Tensor, text: Tensor, weights: Tensor | None) -> Tensor:
     """See elementwise."""
     batch, first, three, heads, head_dim = image.shape
-    second = 0 if text is None else text.shape[1]
+    second = text.shape[1]
     out = image.new_empty((batch, first + second, three, heads, head_dim))
     _joined_heads_kernel[(batch * (first + second) * 3,)](
-        image, image if text is None else text, image if weights is None else weights, out, first, second,
+        image, text, image if weights is None else weights, out, first, second,
         heads, head_dim, NORM_EPS, weights is not None, BLOCK=triton.next_power_of_2(heads), num_warps=4,
     )  # fmt: skip
     return out
@@ -257,8 +256,6 @@ def quantized(x: Tensor, gelu: bool) -> Rows:
 
 
 def _empty_rows(like: Tensor, rows: int, width: int, fp8: bool) -> Rows:
-    from model.kernels.elementwise import FP8, Rows
-
     values = like.new_empty((rows, width), dtype=FP8 if fp8 else like.dtype)
     return Rows(values, like.new_empty((rows, 1), dtype=torch.float32) if fp8 else values)
 

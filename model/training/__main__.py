@@ -170,7 +170,7 @@ def _add_distill(command: argparse.ArgumentParser) -> None:
     command.add_argument("--steps", type=int, help="of the student (4)")
     command.add_argument("--guidance", type=float, help="the teacher's; default: as its card says")
     command.add_argument("--shift", type=float, help="of the student's noise levels; default: as the teacher's")
-    command.add_argument("--terminal", type=float, default=0.4, help="its last noise level before 0; 0: as published")
+    command.add_argument("--terminal", type=float, help="its last noise level before 0 (0.4); 0: as published")
     command.add_argument("--substeps", type=int, help="of the teacher in each of the student's steps (4)")
     command.add_argument("--own", type=float, help="share of the rows that go on from the student's own steps (0.5)")
     command.add_argument("--measured", type=int, help="prompts that the distance to the teacher is measured on (16)")

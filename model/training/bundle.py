@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from model.checkpoint import export_diffusers
+from model.bundle import export_diffusers
+from model.card import CARD
 from model.layouts import find
 from model.sampling import Shift
 from model.training.demo import T5_LENGTH
@@ -78,7 +79,7 @@ def export_bundle(vae_folder: Path, flow_folder: Path, out: Path, card: Card | N
         dtype=torch.float16,
         sample_side=512,
     )
-    (out / "darkroom.json").write_text(json.dumps(asdict(card or Card.of(record)), indent=1) + "\n")
+    (out / CARD).write_text(json.dumps(asdict(card or Card.of(record)), indent=1) + "\n")
     of_vae = read_record(vae_folder)
     records = {"vae": of_vae.get("vae", of_vae), "flow": record}  # a bundle's record has both
     (out / "training.json").write_text(json.dumps(records, indent=1) + "\n")

@@ -202,7 +202,7 @@ def _noun(thing: Thing, detail: _Detail, rng: Random, *, sized: bool = True, art
     if rng.random() < detail.colours:
         words.append(rng.choice(colour_words(thing.colour)))
     words.append(rng.choice(SHAPE_WORDS[thing.shape]))
-    return _with_article(" ".join(words)) if article else " ".join(words)
+    return with_article(" ".join(words)) if article else " ".join(words)
 
 
 def _things(scene: Scene, detail: _Detail, rng: Random) -> str:
@@ -283,11 +283,11 @@ def _background_after(scene: Scene, rng: Random) -> str:
         words = LANDSCAPE_WORDS[background.kind][0]
         return rng.choice([word for word in words if not (grounded and word in AMONG_THE_STARS)])
     if background.kind == "gradient":
-        return f"{rng.choice(('on', 'over', 'in front of'))} {_with_article(_gradient(background, rng))}"
+        return f"{rng.choice(('on', 'over', 'in front of'))} {with_article(_gradient(background, rng))}"
     colour = _toned(background, rng)
     if rng.random() < 0.15:
         return f"on {colour}"
-    return f"{rng.choice(('on', 'on', 'on', 'against', 'in front of'))} {_with_article(colour)} background"
+    return f"{rng.choice(('on', 'on', 'on', 'against', 'in front of'))} {with_article(colour)} background"
 
 
 def _background_first(background: Background, rng: Random, *, article: bool) -> str:
@@ -296,8 +296,9 @@ def _background_first(background: Background, rng: Random, *, article: bool) -> 
         return rng.choice(LANDSCAPE_WORDS[background.kind][1])
     gradient = background.kind == "gradient"
     words = _gradient(background, rng) if gradient else f"{_toned(background, rng)} background"
-    return _with_article(words) if article or rng.random() < 0.45 else words
+    return with_article(words) if article or rng.random() < 0.45 else words
 
 
-def _with_article(words: str) -> str:
+def with_article(words: str) -> str:
+    """With "a" or "an" before them."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"

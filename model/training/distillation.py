@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,15 +30,14 @@ from model.training.guide import Guide
 from model.training.loop import (
     Average,
     Leg,
+    adamw,
     device_name,
     learning_rate,
-    load_shards,
     read_record,
     save_shards,
     what_came_before,
     write_record,
 )
-from model.training.muon import adjustable
 from model.training.plan import Phase, Plan, Size, phase_at
 from model.training.sources import HELD_OUT_SEEDS, Drawings, Source
 from model.training.teacher import Teacher, Texts, load_teacher, write_comparison
@@ -45,7 +45,7 @@ from model.training.windows import Window, velocity, windows
 from model.work import image_tokens
 
 TERMINAL = 0.4
-"""Levels 1, 0.91, 0.76 and 0.4 for four steps at shift 3: the published ones would spend the last step on 0.9 %."""
+"""Sigmas 1, 0.91, 0.76 and 0.4 for four steps at shift 3: the published ones would spend the last step on 0.9 %."""
 
 DISTANCES = 2 * HELD_OUT_SEEDS - (1 << 20)
 """Captions from this seed on are for measuring."""
@@ -135,11 +135,7 @@ def restore(average: Average, settings: Distillation) -> None:
     for name, now in (("rank", settings.rank), ("steps", settings.steps)):
         if record.get(name) != now:
             raise ValueError(f"{settings.resume} was distilled with {name} {record.get(name)}, not {now}")
-    state = load_shards(settings.resume, "live")
-    with torch.no_grad():
-        for name, parameter in zip(average.names, average.live, strict=True):
-            parameter.copy_(state[name])
-    average.load(load_shards(settings.resume, "turbo"))
+    average.restore(settings.resume, "turbo")
 
 
 class Run:
@@ -152,17 +148,12 @@ class Run:
         self.guide = Guide(teacher, self.scale)
         self.shift = Shift(settings.shift or teacher.shift.by, settings.terminal)
         self.random = random.Random(settings.seed)
-        self.descent = Descent(average, leg, settings.peak, self._new_optimizers)
+        self.descent = Descent(average, leg, settings.peak, partial(adamw, average, leg))
         self.descent.compiled = False  # so there is no other way to try
         self.earlier = what_came_before(settings.resume) if settings.resume else None
         self.rows, self.before = 0, float("nan")
         reading = Captioned(settings.source, teacher.reader())
         self.feed = Feed(reading, first_seed(settings.seed, settings.begin), settings.processes)
-
-    def _new_optimizers(self, peak: float) -> list[torch.optim.Optimizer]:
-        weights, gpu = self.average.live, self.leg.on_gpu
-        lr = adjustable(peak, self.device)
-        return [torch.optim.AdamW(weights, lr, (0.9, 0.98), weight_decay=0.0, fused=gpu, capturable=gpu)]
 
     def loop(self) -> dict[str, float]:
         """Runs until the clock ends; returns figures of the leg. An error late in a run does not lose the run."""

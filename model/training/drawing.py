@@ -21,8 +21,6 @@ from model.training.scenes import KINDS, SHAPES, STYLES, Scene, Thing
 from model.training.shapes import PARTS
 from model.training.styles import TEXTURE, Figures, Sheet, Style
 
-__all__ = ["WIDTH", "View", "draw", "pack"]
-
 MAX_THINGS = 3
 PIXELS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}
 """Pictures are painted in groups of at most so many pixels. On a GPU, where a group takes 50 ms of launching kernels

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from model.training import team
-from model.training.sources import HELD_OUT_SEEDS, Frame, Source
-
-__all__ = ["HELD_OUT_SEEDS", "Batch", "Captioned", "Chunk", "Feed", "Reading", "Tokenize", "first_seed"]
+from model.training.sources import Frame, Source
 
 AHEAD = 3
 """Chunks that each process may have ready."""

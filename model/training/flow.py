@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.config import MMDiTConfig
+from model.sampling import shifted
 from model.training import team
 from model.training.compiling import load_compiled, save_compiled
 from model.training.demo import DEMO_MMDIT
@@ -27,16 +28,7 @@ from model.training.loop import (
     write_record,
 )
 from model.training.muon import new_optimizers
-from model.training.net import (
-    FlowNet,
-    bundle_net,
-    load_average,
-    new_net,
-    restore,
-    run_net,
-    save_tokenizers,
-    saved_tokenizers,
-)
+from model.training.net import FlowNet, bundle_net, new_net, run_net, save_tokenizers, saved_tokenizers
 from model.training.plan import Phase, Plan, demo_plan, phase_at
 from model.training.reconstruction import load_vae
 from model.training.reservoir import Encoder, Reservoir
@@ -45,8 +37,6 @@ from model.training.scenes import DATA_VERSION
 from model.training.sources import Drawings, Source
 from model.training.tokenizers import count_words, tokenizers_of
 from model.training.validation import Validation
-
-__all__ = ["FlowNet", "FlowTraining", "Run", "load_average", "new_net", "restore", "train_flow"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +77,7 @@ def train_flow(settings: FlowTraining, device: torch.device) -> dict[str, float]
     net = first_net(settings).to(device)
     average = Average(net, settings.average)
     if settings.resume:
-        restore(average, settings.resume)
+        average.restore(settings.resume, "flow")
     load_compiled(settings.cache, leg.log)
     vae = load_vae(settings.vae, device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     leg.log.say(f"{net.count:,} parameters on {device_name(device)}, {settings.source.name}")
@@ -120,9 +110,8 @@ def first_net(settings: FlowTraining) -> FlowNet:
 def sample_sigma(count: int, shift: float, uniform: float, device: torch.device) -> Tensor:
     """Noise levels: logit-normal and shifted, some of them evenly drawn. shape = (count,), from 0 to 1."""
     t = torch.sigmoid(torch.randn(count, device=device))
-    shifted = shift * t / (1 + (shift - 1) * t)
     even = torch.rand(count, device=device)
-    return torch.where(torch.rand(count, device=device) < uniform, even, shifted)
+    return torch.where(torch.rand(count, device=device) < uniform, even, shifted(t, shift))
 
 
 class Dropout:

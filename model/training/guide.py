@@ -39,14 +39,14 @@ class Guide:
             return guided(self.teacher, x, window, texts, self.scale)
         if self.scale > 1:
             texts = with_empty(texts, self.teacher)
-        for sigma, after in pairwise(window.levels):
+        for sigma, after in pairwise(window.sigmas):
             inputs = x, x.new_full((), sigma), x.new_full((), after - sigma), texts.context, texts.pooled
             key = (x.shape, texts.context.shape)
             x = self._step(*inputs) if self.graphs is None else self.graphs.run(key, self._step, *inputs)
         return x
 
     def _step(self, x: Tensor, sigma: Tensor, change: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
-        """x a step of the noise level on; with guidance the texts have two rows for each of x."""
+        """x a step of sigma on; with guidance the texts have two rows for each of x."""
         fast, rows = self.fast, len(pooled)
         assert fast is not None
         taken = x.to(fast.mmdit.context_embedder.weight.dtype).repeat(rows // len(x), 1, 1, 1)

@@ -1,4 +1,4 @@
-"""What both trainings share: the clock that ends them, the learning rate, the running average, files and log."""
+"""What all trainings share: the clock that ends them, the learning rate, the running average, files and log."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.training import team
+from model.training.muon import adjustable
 
 SHARD_BYTES = 15 * 1024 * 1024
 
@@ -119,6 +120,14 @@ class Average:
             value.copy_(state[name])
         self.steps = 10_000_000  # no fast start again
 
+    @torch.no_grad()
+    def restore(self, folder: Path, name: str) -> None:
+        """Its own weights, saved under `name`, and the live ones that it follows, of an earlier leg's folder."""
+        state = load_shards(folder, "live")
+        for key, parameter in zip(self.names, self.live, strict=True):
+            parameter.copy_(state[key])
+        self.load(load_shards(folder, name))
+
 
 def save_shards(state: Mapping[str, Tensor], folder: Path, name: str, dtype: torch.dtype = torch.float16) -> list[Path]:
     """Tensors as `name-00001.safetensors` …, each below 16 MiB, in 16 bit. Returns the files."""
@@ -193,6 +202,12 @@ class Leg:
     def autocast(self) -> torch.autocast:
         """bf16 arithmetic where there is a GPU."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu)
+
+
+def adamw(average: Average, leg: Leg, peak: float) -> list[torch.optim.Optimizer]:
+    """One for all the weights that an average follows, for a peak of the learning rate."""
+    lr, gpu = adjustable(peak, leg.device), leg.on_gpu
+    return [torch.optim.AdamW(average.live, lr, (0.9, 0.98), weight_decay=0.0, fused=gpu, capturable=gpu)]
 
 
 def _short(value: Any) -> str:

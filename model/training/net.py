@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from model.bundle import TOKENIZERS
+from model.card import card_at
 from model.checkpoint import load_components
 from model.config import MMDiTConfig
-from model.lowrank import card_at
 from model.mmdit import MMDiT
 from model.text import T5_LENGTH as FULL_T5_LENGTH
 from model.training.demo import DEMO_MMDIT, T5_LENGTH, Reader, TextTower, new_mmdit, new_tower
-from model.training.loop import Average, load_shards, read_record
+from model.training.loop import load_shards, read_record
 from model.training.scenes import DATA_VERSION, drawn_alike
 from model.training.tokenizers import Tokenizers
 
@@ -43,8 +43,8 @@ class FlowNet(nn.Module):
 
     def loss(self, latents: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
         """The same from encoded text."""
-        level = sigma[:, None, None, None]
-        velocity = self.mmdit((1 - level) * latents + level * noise, 1000 * sigma, context, pooled)
+        share = sigma[:, None, None, None]
+        velocity = self.mmdit((1 - share) * latents + share * noise, 1000 * sigma, context, pooled)
         return F.mse_loss(velocity.float(), noise - latents)
 
 
@@ -91,15 +91,6 @@ def load_average(net: FlowNet, folder: Path) -> None:
         for name, parameter in net.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(state[name])
-
-
-def restore(average: Average, folder: Path) -> None:
-    """Into the average and the weights that it follows, those of an earlier leg's folder."""
-    state = load_shards(folder, "live")
-    with torch.no_grad():
-        for name, parameter in zip(average.names, average.live, strict=True):
-            parameter.copy_(state[name])
-    average.load(load_shards(folder, "flow"))
 
 
 def save_tokenizers(net: FlowNet, folder: Path) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from model.training.demo import T5_LENGTH
 from model.training.sources import Frame
+from model.training.tokenizers import CLIP_LENGTH
 
-TEXT_TOKENS = 141
-"""Of every picture: 77 of the CLIPs and 64 of T5."""
+DEMO_TEXT_TOKENS = CLIP_LENGTH + T5_LENGTH
+"""Of every picture, as the demo reads its caption."""
+
 STEP_TOKENS = 80_000
 
 
@@ -27,7 +30,7 @@ class Size:
     @classmethod
     def of(cls, height: int, width: int, tokens: int = STEP_TOKENS) -> Size:
         """As many pictures as make about `tokens` tokens, text included: every step then takes about as long."""
-        batch = tokens // (height * width // 256 + TEXT_TOKENS)
+        batch = tokens // (height * width // 256 + DEMO_TEXT_TOKENS)
         return cls(height, width, max(1, batch - batch % 8 if batch > 8 else batch))
 
     @property
@@ -40,7 +43,7 @@ class Size:
         """The timestep shift: 3 at 256x256, 5 at 512x512, 8.5 at one megapixel.
 
         Colours and places are decided where they can just be seen through the noise. The more pixels show them, the
-        more noise that is, so the larger the shift must be for the training to see the levels that decide.
+        more noise that is, so the larger the shift must be for the training to see the sigmas that decide.
         """
         return 3.0 * (self.frame.pixels / 256**2) ** 0.375
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.card import variant_at
 from model.checkpoint import load_components
 from model.config import VAEConfig
-from model.lowrank import variant_at
 from model.training import team
 from model.training.compiling import load_compiled, save_compiled
 from model.training.demo import DEMO_VAE
@@ -22,6 +23,7 @@ from model.training.loop import (
     Average,
     Leg,
     Log,
+    adamw,
     device_name,
     learning_rate,
     load_shards,
@@ -29,7 +31,6 @@ from model.training.loop import (
     save_shards,
     write_record,
 )
-from model.training.muon import adjustable
 from model.training.scenes import DATA_VERSION
 from model.training.sources import Drawings, Frame, Source
 from model.vae import VAE
@@ -150,16 +151,11 @@ class Run:
     def __init__(self, settings: VAETraining, vae: VAE, average: Average, leg: Leg) -> None:
         self.settings, self.vae, self.average, self.leg = settings, vae, average, leg
         self.clock, self.log, self.device = leg.clock, leg.log, leg.device
-        self.descent = Descent(average, leg, settings.peak, self._new_optimizers)
+        self.descent = Descent(average, leg, settings.peak, partial(adamw, average, leg))
         self.descent.compiled = settings.compiled
         first = first_seed(settings.seed, settings.begin)
         self.feed = Feed(Captioned(settings.source), first, settings.processes)
         self.loss = torch.compile(vae_loss, dynamic=False) if settings.compiled else vae_loss
-
-    def _new_optimizers(self, peak: float) -> list[torch.optim.Optimizer]:
-        weights, gpu = self.average.live, self.leg.on_gpu
-        lr = adjustable(peak, self.device)
-        return [torch.optim.AdamW(weights, lr, (0.9, 0.98), weight_decay=0.0, fused=gpu, capturable=gpu)]
 
     def loop(self) -> int:
         """Steps until the clock ends; returns their number. An error late in a run does not lose the run."""

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from model.params import GenerationParams
-from model.pipeline import Pipeline, generate, run
+from model.pipeline import Pipeline, run
 from model.sampling import Growth, Shift
 from model.training.net import FlowNet
 from model.training.sheets import contact_sheet
 from model.vae import VAE
+from model.work import generate
 
 STEPS, GUIDANCE = 24, 5.0
 SHIFT = Shift(Growth(base_shift=1.5, max_shift=2.08, base_image_seq_len=1024, max_image_seq_len=4096))

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.training.canvas import View
 from model.training.captions import caption
-from model.training.drawing import WIDTH, View, draw, pack
+from model.training.drawing import WIDTH, draw, pack
 from model.training.scenes import DATA_VERSION, sample_scene
 
 HELD_OUT_SEEDS = 1 << 40

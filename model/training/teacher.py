@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.card import card_at
 from model.checkpoint import load_components
-from model.lowrank import card_at
 from model.mmdit import MMDiT
 from model.params import GenerationParams
-from model.pipeline import Pipeline, generate, run
+from model.pipeline import Pipeline, run
 from model.sampling import Shift
 from model.text import T5_LENGTH, TextEncoders
 from model.training.demo import Reader, TextTower
@@ -24,6 +24,7 @@ from model.training.net import load_net
 from model.training.samples import GUIDANCE, PROMPTS, SHIFT, STEPS
 from model.training.sheets import contact_sheet
 from model.vae import VAE
+from model.work import generate
 
 COMPARED, SECONDS = 10, 15.0
 """Prompts on the sheet that compares, and the time after which no further one is begun."""

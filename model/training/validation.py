@@ -32,15 +32,15 @@ class Validation:
         self.fixed: dict[Frame, _Fixed] = {}
 
     def losses(self, net: FlowNet, average: Average, frame: Frame) -> dict[str, float]:
-        """The flow matching loss of the averaged weights by noise level, and their mean."""
+        """The flow matching loss of the averaged weights by sigma, and their mean."""
         if frame not in self.fixed:
             self.fixed[frame] = self._fix(net, frame)
         fixed = self.fixed[frame]
         average.swap()
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.leg.autocast():
             context, pooled = net.tower(*fixed.tokens)
-            levels = [torch.full((len(fixed.latents),), sigma, device=self.leg.device) for sigma in SIGMAS]
-            losses = [net.loss(fixed.latents, fixed.noise, level, context, pooled) for level in levels]
+            sigmas = [torch.full((len(fixed.latents),), sigma, device=self.leg.device) for sigma in SIGMAS]
+            losses = [net.loss(fixed.latents, fixed.noise, sigma, context, pooled) for sigma in sigmas]
         average.swap()
         values = torch.stack(losses).tolist()
         return {

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from model.card import CARD, FILE
 from model.layouts import find
-from model.lowrank import CARD, FILE
 from model.training.adapters import save_difference
 from model.training.loop import load_shards, read_record
 

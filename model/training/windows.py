@@ -15,23 +15,23 @@ from model.training.teacher import Teacher, Texts
 
 @dataclass(frozen=True)
 class Window:
-    """One step of the student: from one noise level to the next, and the teacher's levels between them."""
+    """One step of the student: from one sigma to the next, and the teacher's sigmas between them."""
 
-    levels: tuple[float, ...]  # falling
+    sigmas: tuple[float, ...]  # falling
 
     @property
     def start(self) -> float:
-        """The noise level that the student sees."""
-        return self.levels[0]
+        """The sigma that the student sees."""
+        return self.sigmas[0]
 
     @property
     def end(self) -> float:
-        """The noise level that it steps to."""
-        return self.levels[-1]
+        """The sigma that it steps to."""
+        return self.sigmas[-1]
 
 
 def windows(steps: int, shift: Shift, substeps: int, tokens: int) -> list[Window]:
-    """The windows of a run for an image of so many tokens; levels in each are spaced as the schedule spaces its own."""
+    """The windows of a run for an image of so many tokens; sigmas in each are spaced as the schedule spaces its own."""
     factor = shift.factor(tokens)
     found = []
     for start, end in pairwise(sigmas(steps, shift, tokens)):
@@ -59,7 +59,7 @@ def with_empty(texts: Texts, teacher: Teacher) -> Texts:
 def guided(teacher: Teacher, x: Tensor, window: Window, texts: Texts, scale: float) -> Tensor:
     """Where the guided teacher's ODE leads from the window's start to its end, by Euler's method."""
     both = with_empty(texts, teacher) if scale > 1 else texts
-    for sigma, after in pairwise(window.levels):
+    for sigma, after in pairwise(window.sigmas):
         if scale > 1:
             v, v_empty = velocity(teacher.mmdit, torch.cat([x, x]), sigma, both).chunk(2)
             v = v_empty + scale * (v - v_empty)

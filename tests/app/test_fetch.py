@@ -17,8 +17,8 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from app.cli import cli
-from app.fetch import Request, Terminal, fetch
-from app.hub import FetchFailed, Hub, HubAway, NoRoom, RemoteFile
+from app.fetch import FetchRequest, TerminalMeter, fetch
+from app.hub import DiskFailed, FetchFailed, Hub, HubAway, RemoteFile
 from app.weights import ModelFolder, needed
 from model.layouts import Fetched, find
 from model.weights import CheckpointError
@@ -89,9 +89,9 @@ def held(folder: Path) -> dict[str, bytes]:
     return {path: data for path, data in files_of(folder).items() if not path.startswith(".fetch/")}
 
 
-def at_once(hub: HubServer, request: Request) -> None:
+def at_once(hub: HubServer, request: FetchRequest) -> None:
     """Fetches without a pause between tries."""
-    with Terminal() as terminal, Hub(hub.url, first_pause_s=0) as asked:
+    with TerminalMeter() as terminal, Hub(hub.url, first_pause_s=0) as asked:
         fetch(request, asked, terminal)
 
 
@@ -158,7 +158,7 @@ def test_token_goes_to_the_hub_and_not_to_its_cdn(hub: HubServer, tmp_path: Path
 def test_a_cut_connection_goes_on_where_it_was(hub: HubServer, tmp_path: Path, knows_ranges: bool) -> None:
     hub.knows_ranges = knows_ranges
     hub.cuts = {MMDIT: [50_000, 60_000 if not knows_ranges else 10_000]}
-    at_once(hub, Request("sd3.5-large", tmp_path))
+    at_once(hub, FetchRequest("sd3.5-large", tmp_path))
     assert held(tmp_path) == NEEDED
     assert [one.range for one in hub.asked(MMDIT)] == [None, "bytes=50000-", "bytes=60000-"]
 
@@ -168,7 +168,7 @@ def test_a_hub_that_breaks_off_again_and_again_is_left_and_the_next_fetch_goes_o
 ) -> None:
     hub.cuts = {MMDIT: [50_000] + [0] * 8}
     with pytest.raises(HubAway, match="goes on from there"):
-        at_once(hub, Request("sd3.5-large", tmp_path))
+        at_once(hub, FetchRequest("sd3.5-large", tmp_path))
     assert MMDIT not in held(tmp_path)
     hub.requests.clear()
     hub.cuts = {}
@@ -179,7 +179,7 @@ def test_a_hub_that_breaks_off_again_and_again_is_left_and_the_next_fetch_goes_o
 
 def test_a_hub_that_is_busy_is_asked_again(hub: HubServer, tmp_path: Path) -> None:
     hub.failures = [(503, {}), (429, {"retry-after": "0"}), (500, {})]
-    at_once(hub, Request("sd3.5-large", tmp_path))
+    at_once(hub, FetchRequest("sd3.5-large", tmp_path))
     assert held(tmp_path) == NEEDED
 
 
@@ -243,7 +243,7 @@ def test_check_of_a_folder_that_is_not_there_makes_none(hub: HubServer, tmp_path
 def test_check_works_while_the_hub_is_away(hub: HubServer, tmp_path: Path) -> None:
     run(hub, "--to", tmp_path)
     hub.failures = [(503, {})] * 8
-    at_once(hub, Request("sd3.5-large", tmp_path, check=True))
+    at_once(hub, FetchRequest("sd3.5-large", tmp_path, check=True))
     assert hub.failures == []
 
 
@@ -323,10 +323,10 @@ def test_what_is_no_model_is_refused_with_what_is_allowed(hub: HubServer, tmp_pa
 def test_a_hub_that_is_not_there_is_told(tmp_path: Path) -> None:
     with (
         pytest.raises(HubAway, match=r"http://127\.0\.0\.1:9 cannot be reached"),
-        Terminal() as terminal,
+        TerminalMeter() as terminal,
         Hub("http://127.0.0.1:9", first_pause_s=0) as asked,
     ):
-        fetch(Request("sd3.5-large", tmp_path), asked, terminal)
+        fetch(FetchRequest("sd3.5-large", tmp_path), asked, terminal)
 
 
 def test_what_answers_and_is_no_hub_is_told(hub: HubServer, tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_an_endpoint_that_is_no_url_is_refused(hub: HubServer, tmp_path: Path) -
 def test_too_small_a_disk_is_told_before_anything_is_fetched(tmp_path: Path) -> None:
     files = [RemoteFile("a", 50_000_000_000, "0" * 64)]
     folder = ModelFolder(tmp_path)
-    with pytest.raises(NoRoom, match=r"50\.0 GB are still to come, and .* has 2\.0 GB free"):
+    with pytest.raises(DiskFailed, match=r"50\.0 GB are still to come, and .* has 2\.0 GB free"):
         folder.require_room(files, free=lambda _: 2_000_000_000)
     folder.require_room(files, free=lambda _: 51_000_000_000)
 
@@ -441,7 +441,7 @@ def test_another_revision_that_is_cut_off_leaves_the_one_before_whole(hub: HubSe
     fresh = changed(hub)
     hub.cuts = {MMDIT: [50_000] + [0] * 8}
     with pytest.raises(HubAway):
-        at_once(hub, Request("sd3.5-large", tmp_path, revision="main"))
+        at_once(hub, FetchRequest("sd3.5-large", tmp_path, revision="main"))
     assert held(tmp_path) == NEEDED
     assert Fetched.of(tmp_path).record
     assert run(hub, "--to", tmp_path, "--check", "--revision", MAIN).exit_code == 0
@@ -460,7 +460,7 @@ def test_a_folder_whose_files_are_being_put_in_place_is_refused_by_the_loader_un
     with monkeypatch.context() as patch:
         patch.setattr(ModelFolder, "_name", named_until("text_encoder_3/model-00002-of-00002.safetensors"))
         with pytest.raises(KeyboardInterrupt):
-            at_once(hub, Request("sd3.5-large", tmp_path, revision="main"))
+            at_once(hub, FetchRequest("sd3.5-large", tmp_path, revision="main"))
     assert held(tmp_path) not in (NEEDED, fresh)
     with pytest.raises(CheckpointError, match=f"{tmp_path} is not complete.*the same `darkroom fetch` goes on"):
         find(tmp_path)
@@ -487,7 +487,7 @@ def test_a_first_fetch_that_is_cut_off_goes_on_with_its_commit_and_is_refused_by
 ) -> None:
     hub.cuts = {MMDIT: [50_000] + [0] * 8}
     with pytest.raises(HubAway):
-        at_once(hub, Request("sd3.5-large", tmp_path))
+        at_once(hub, FetchRequest("sd3.5-large", tmp_path))
     with pytest.raises(CheckpointError, match="is not complete"):
         find(tmp_path)
     changed(hub)
@@ -518,7 +518,7 @@ def test_another_kind_of_model_is_refused_before_its_weights_are_fetched(hub: Hu
 
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     times = iter([0.0, 1.0, 10.0, 11.0, 25.0])
-    with Terminal(clock=lambda: next(times)) as terminal:
+    with TerminalMeter(clock=lambda: next(times)) as terminal:
         terminal.begin("fetching", 10_000_000)
         for _ in range(4):
             terminal.advance(1_000_000)
@@ -532,7 +532,7 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(capsys: pyte
 def test_progress_is_a_bar_on_a_terminal() -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100, markup=False)
-    with Terminal(console) as terminal:
+    with TerminalMeter(console) as terminal:
         terminal.begin("fetching", 2_000_000)
         terminal.advance(1_000_000)
         terminal.say("vae/config.json, 3 bytes [not markup]")

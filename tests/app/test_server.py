@@ -97,7 +97,7 @@ async def test_bodies_are_bounded_in_size_and_time(settings: GatewaySettings, tm
         within = await running.exchange(HEAD + close + b"content-length: %d\r\n\r\n" % len(BODY), BODY)
     for answer in (large, chunked, expecting):
         assert answer.startswith(b"HTTP/1.1 413 ")
-        assert b'"code":"body_too_large","message":"the body is larger than the 2000 bytes allowed"' in answer
+        assert b'"code":"body_too_large","message":"the body is larger than the 2000 bytes allowed; pictures' in answer
     assert slow.startswith(b"HTTP/1.1 408 ")
     assert b'"code":"body_too_slow"' in slow
     assert b"connection: close" in slow

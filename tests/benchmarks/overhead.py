@@ -15,11 +15,12 @@ import torch
 
 from model.pipeline import Pipeline
 from tests.benchmarks.workload import Request
-from worker.engine import Engine, Task
+from worker.engine import Engine
 from worker.metrics import WorkerMetrics
 from worker.pictures import encode
 from worker.previews import encode_preview
 from worker.settings import WorkerSettings
+from worker.task import Task
 
 JOBS, PROGRESS_S = 8, 0.25
 STAGES = ("text_encode", "noise", "denoise", "vae_decode")

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from model.pipeline import Pipeline
 from tests.benchmarks.workload import Arrival, Request
-from worker.engine import Engine, Task
+from worker.engine import Engine
 from worker.metrics import WorkerMetrics
 from worker.settings import WorkerSettings
+from worker.task import Task
 
 Admit = Callable[[Sequence[Task], int, Engine], list[Task]]
 """Of the tasks that wait, first come first: those that the engine gets now. The number: how many it holds."""

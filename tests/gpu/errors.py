@@ -12,10 +12,11 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from model.embeddings import Text
 from model.mmdit import MMDiT
-from model.pipeline import Denoise, Latents, Pipeline
+from model.pipeline import Pipeline
 from model.sampling import Step, sigmas
-from model.text import Text
+from model.work import Denoise, Latents
 from tests.gpu.nets import Size
 from tests.gpu.theirs import transformer_of
 

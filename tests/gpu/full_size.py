@@ -21,7 +21,8 @@ import torch
 
 from model.checkpoint import load_components
 from model.params import GenerationParams
-from model.pipeline import Pipeline, generate, run
+from model.pipeline import Pipeline, run
+from model.work import generate
 from tests.gpu.errors import forward_errors
 from tests.gpu.nets import Size, random_pipeline, released, sized, written
 

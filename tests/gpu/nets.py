@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from model.checkpoint import export_diffusers
+from model.bundle import export_diffusers
 from model.config import VARIANTS, MMDiTConfig, VAEConfig
 from model.pipeline import Pipeline
 from model.text import T5_LENGTH, TextEncoders

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from tests.worker.jobs import make_job
-from worker.engine import Engine, Task
+from worker.engine import Engine
 from worker.metrics import WorkerMetrics
 from worker.models import Loader, Model
 from worker.pictures import encode
 from worker.settings import ModelSource, WorkerSettings
+from worker.task import Task
 
 DEVICE = "cuda"
 

@@ -49,14 +49,13 @@ def differences(heads: int) -> Iterator[tuple[str, float, float]]:
                 yield name, apart(plain, other), ROUNDING
                 yield f"{name}, fp8", apart(low, other), FP8_STEP
     image, text = random(BATCH, IMAGE, 3, heads, HEAD_DIM), random(BATCH, TEXT, 3, heads, HEAD_DIM)
-    for weights in (random(2, 2, HEAD_DIM), None):
-        for other in (text, None):
-            right = elementwise.joined_heads(image, other, weights)
-            name = f"{heads} heads, {'no ' if weights is None else ''}norm, {'no ' if other is None else ''}text"
-            yield f"{name}, joined", apart(triton_kernels.joined_heads(image, other, weights), right), ROUNDING
-            if weights is not None:
-                joined = elementwise.joined_heads(image, other, None)
-                yield f"{name}, in place", apart(triton_kernels.norm_heads(joined, weights, IMAGE), right), ROUNDING
+    weights, joint_heads = random(2, 2, HEAD_DIM), torch.cat([image, text], dim=1)
+    for normed in (weights, None):
+        found, right = (way.joined_heads(image, text, normed) for way in (triton_kernels, elementwise))
+        yield f"{heads} heads, {'no ' if normed is None else ''}norm, joined", apart(found, right), ROUNDING
+    for name, qkv in (("text", joint_heads), ("no text", image)):
+        found, right = (way.norm_heads(qkv.clone(), weights, IMAGE) for way in (triton_kernels, elementwise))
+        yield f"{heads} heads, {name}, in place", apart(found, right), ROUNDING
     for gelu, plain_way in ((False, elementwise.quantized), (True, elementwise.gelu_quantized)):
         found, right = triton_kernels.quantized(3 * joint[:, :IMAGE], gelu), plain_way(3 * joint[:, :IMAGE])
         yield f"{hidden} wide, scales", apart(found.scales, right.scales), 1e-5

@@ -75,7 +75,7 @@ def differences(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str,
         yield f"woven {dtype} {channels} channels", off(found, expected)
         yield f"statistics of woven {dtype} {channels} channels", off(joined(parts), joined(expected_parts))
     picture, bias = random(2, 17, 9, 8), random(8, dtype=torch.float32)
-    apart = (kernels.rgb(picture, bias, None).int() - twin("rgb", picture, bias).int()).abs()
+    apart = (kernels.rgb(picture, bias).int() - twin("rgb", picture, bias).int()).abs()
     yield f"rgb {dtype}", float(apart.float().mean()) + float(apart.max() > 1)
     for number in (77, 5000):
         scores = 20 * random(2, 3, number, dtype=torch.float32)

@@ -14,10 +14,19 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, StableDiffusi
 from safetensors.torch import load_file
 
 from model import bundle
-from model.bundle import mmdit_config_from, mmdit_json, read_json, shift_from, vae_config_from, vae_json
-from model.checkpoint import CheckpointError, Components, export_diffusers, load_components
+from model.bundle import (
+    export_diffusers,
+    mmdit_config_from,
+    mmdit_json,
+    read_json,
+    shift_from,
+    vae_config_from,
+    vae_json,
+)
+from model.checkpoint import Components, load_components
 from model.config import VARIANTS, VAEConfig
 from model.sampling import Growth, Shift
+from model.weights import CheckpointError
 from tests.model.tiny import assert_same_weights, nets
 
 SHARD = 1_000_000  # bytes
@@ -65,8 +74,8 @@ def test_a_shift_that_grows_is_written_as_diffusers_has_it(components: Component
 def test_exported_folder_loads_as_what_was_exported(exported: Path, components: Components) -> None:
     found = load_components(exported, "cpu", torch.float32)
     assert_same_weights(found, components)
-    assert found.mmdit_config == components.mmdit_config
-    assert found.vae_config == components.vae_config
+    assert found.mmdit.config == components.mmdit.config
+    assert found.vae.config == components.vae.config
 
 
 def test_no_exported_file_is_larger_than_asked_and_each_is_readable_by_all(exported: Path) -> None:

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import config as model_config
-from model.checkpoint import CheckpointError, Components, footprint, load_components, variant_of
+from model.checkpoint import Components, footprint, load_components, variant_of
 from model.fp8 import Fp8Linear, is_fp8
 from model.kernels.elementwise import quantized
 from model.layouts import FETCHED
 from model.sampling import Shift
-from model.weights import WeightFile, Weights, tensors_of
+from model.weights import CheckpointError, WeightFile, Weights, tensors_of
 from tests.model import tiny
 from tests.model.tiny import assert_same_weights, nets
 
@@ -65,7 +65,7 @@ def load(path: Path, **options: object) -> Components:
 def test_both_layouts_of_the_same_weights_load_as_the_same_model(components: Components, original_file: Path) -> None:
     found = load(original_file)
     assert_same_weights(found, components)
-    assert (found.mmdit_config, found.vae_config) == (components.mmdit_config, components.vae_config)
+    assert (found.mmdit.config, found.vae.config) == (components.mmdit.config, components.vae.config)
     assert found.shift == components.shift == Shift(3.0)
 
 

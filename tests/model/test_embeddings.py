@@ -7,7 +7,8 @@ import torch
 
 from model.checkpoint import Components
 from model.embeddings import EmbeddingCache, Text
-from model.pipeline import Encode, Lookups, Pipeline
+from model.pipeline import Lookups, Pipeline
+from model.work import Encode
 
 
 def text(value: float = 0.0) -> Text:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.config import MMDiTConfig
 from model.embeddings import Text
-from model.fast_mmdit import LEVELS, Choice, Conditions, FastMMDiT
+from model.fast_mmdit import TOGETHER, Choice, Conditions, FastMMDiT
 from model.fp8 import Fp8Linear, is_fp8, use_fp8
 from model.kernels.elementwise import FP8
 from model.mmdit import MMDiT
@@ -89,7 +89,7 @@ def test_only_the_image_streams_products_are_fp8() -> None:
     assert all(isinstance(mmdit.get_submodule(name.removesuffix(".weight")), Fp8Linear) for name in low)
 
 
-def test_levels_of_one_run_are_modulated_together_and_kept() -> None:
+def test_sigmas_of_one_run_are_modulated_together_and_kept() -> None:
     calls = []
 
     class Counting(FastMMDiT):
@@ -99,9 +99,9 @@ def test_levels_of_one_run_are_modulated_together_and_kept() -> None:
 
     conditions = Conditions(Counting(random_mmdit(PLAIN)))
     (text,) = random_texts(1)
-    for level in RUN:
-        conditions.modulation(text, level, RUN)
-    assert calls == [LEVELS, LEVELS]
+    for sigma in RUN:
+        conditions.modulation(text, sigma, RUN)
+    assert calls == [TOGETHER, TOGETHER]
 
 
 def test_a_modulation_is_the_same_bits_whatever_run_asked_for_it() -> None:
@@ -116,6 +116,6 @@ def test_conditions_hold_no_more_than_their_limit() -> None:
     fast = FastMMDiT(random_mmdit(PLAIN))
     conditions = Conditions(fast, limit=40 * 4 * fast.width)
     for text in random_texts(5):
-        for level in RUN:
-            conditions.modulation(text, level, RUN)
+        for sigma in RUN:
+            conditions.modulation(text, sigma, RUN)
     assert len(conditions._modulations) <= 40

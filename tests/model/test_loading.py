@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import checkpoint, loading
+from model.card import FILE
 from model.checkpoint import Components, load_components
 from model.loading import Lane, Parcel, load
-from model.lowrank import FILE
 from model.weights import CheckpointError, WeightFile, tensors_of
 from tests.model import tiny
 from tests.model.tiny import assert_same_weights

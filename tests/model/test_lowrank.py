@@ -13,12 +13,14 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.checkpoint import CheckpointError, Components, load_components
+from model.card import FILE
+from model.checkpoint import Components, load_components
 from model.keys import mmdit_rules
 from model.layouts import find
-from model.lowrank import FILE, PREFIX
+from model.lowrank import PREFIX
 from model.sampling import Growth, Shift
 from model.shelf import Shelf
+from model.weights import CheckpointError
 from tests.model import tiny
 
 State = dict[str, Tensor]

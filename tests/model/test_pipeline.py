@@ -11,8 +11,9 @@ from torch import Tensor
 
 from model.checkpoint import Components
 from model.params import GenerationParams, Sampler
-from model.pipeline import Begin, Decode, Denoise, NonFiniteLatents, Pipeline, generate, run
+from model.pipeline import Pipeline, run
 from model.sampling import noise, schedule
+from model.work import Begin, Decode, Denoise, NonFiniteLatents, generate
 
 PROMPT, NEGATIVE = "the red cat", "a dog"
 

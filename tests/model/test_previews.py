@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from model.checkpoint import Components
-from model.pipeline import Begin, Denoise, Encode, Pipeline
+from model.pipeline import Pipeline
 from model.previews import PreviewMap, fit_to, published
 from model.sampling import schedule
+from model.work import Begin, Denoise, Encode
 
 
 class FlatVAE:

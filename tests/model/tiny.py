@@ -22,7 +22,7 @@ from transformers import (
 
 from model.checkpoint import Components
 from model.config import MMDiTConfig, VAEConfig
-from model.keys import mmdit_rules, vae_rules
+from model.keys import Shape, mmdit_rules, vae_rules
 
 CLIP_L_WIDTH, CLIP_G_WIDTH, CONTEXT_DIM = 64, 128, 256
 
@@ -52,6 +52,11 @@ def randomize(net: nn.Module, seed: int = 0) -> None:
                 tensor.copy_(noise if TABLES.search(name) else noise / fan_in**0.5)
             else:
                 tensor.copy_(0.1 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+
+
+def shapes_of(net: nn.Module) -> dict[str, Shape]:
+    """Of each of its tensors, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
 
 
 def transformer(config: MMDiTConfig = MMDIT_X) -> SD3Transformer2DModel:

@@ -30,10 +30,10 @@ from tests.tiny_bundle import save_tiny_bundle
 from tests.worker.jobs import make_job
 from worker.contract.events import CHANNEL, JobEvents
 from worker.contract.job import Job, Picture, Progress, Result
-from worker.contract.queue import LATE_AT_MOST, WORKER_SEEN_S, JobQueue
+from worker.contract.queue import LATE_AT_MOST, SUBMITTED, WORKER_SEEN_S, JobQueue
 from worker.contract.settings import ContractSettings
 from worker.contract.transitions import script
-from worker.intake import SUBMITTED, Intake
+from worker.intake import Intake
 
 MODELS = ["sd3.5-large", "sd3.5-large-turbo", "sd3.5-medium"]
 HELD, CALLS = 4, 300

@@ -17,7 +17,7 @@ import redis
 import torch
 from PIL import Image
 
-from model.text import Text
+from model.embeddings import Text
 from model.work import Denoise, Encode, Work
 from tests.benchmarks.plot import COLORS
 from tests.benchmarks.workload import Request

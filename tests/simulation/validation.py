@@ -17,9 +17,10 @@ from tests.simulation.fleet import Coming, Fleet, Site
 from tests.simulation.gpu import DECODE, DENOISE, ENCODE, NOISE, Limits
 from tests.simulation.pace import Line, Pace, h100, line
 from worker.budget import TOKENS
-from worker.engine import Engine, Task
+from worker.engine import Engine
 from worker.metrics import WorkerMetrics
 from worker.settings import ModelSource, WorkerSettings
+from worker.task import Task
 
 MEASURED = {0.5: (0.49, 1.18, 0.28, 0.94), 0.95: (0.73, 3.48, 0.50, 1.88)}
 """By load: p50 and p95 of all, of short ones. RESULTS.md, one H100, "Serving policies", the engine's rows."""

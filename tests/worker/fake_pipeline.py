@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.embeddings import Text
 from model.pipeline import Lookups
 from model.sampling import Shift
-from model.text import Text
 from model.work import Begin, Decode, Denoise, Encode, Latents, Work
 from tests.worker.jobs import make_job
-from worker.engine import Engine, Task
+from worker.engine import Engine
 from worker.metrics import WorkerMetrics
 from worker.settings import WorkerSettings
+from worker.task import Task
 
 
 @dataclass

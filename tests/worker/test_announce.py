@@ -9,7 +9,7 @@ import pytest
 import redis
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import CheckpointError
+from model.weights import CheckpointError
 from worker.__main__ import main
 from worker.announce import TRY_AGAIN, announce
 from worker.contract.cards import ModelCard

@@ -14,13 +14,11 @@ import torch
 from tests.processes import wait_until
 from tests.worker.jobs import make_job
 from worker.contract.errors import QueueUnavailable, StoreUnavailable
-from worker.contract.job import Job, JobView, Result
+from worker.contract.job import Job, JobView, Outcome, Result
 from worker.contract.queue import JobQueue
-from worker.contract.record import Ended
 from worker.contract.settings import ContractSettings
 from worker.contract.store import FolderStore
 from worker.delivery import Delivery
-from worker.engine import Outcome
 from worker.intake import Claim, Intake
 from worker.metrics import WorkerMetrics
 from worker.task import Rendering, Task
@@ -57,11 +55,11 @@ class Deaf(Intake):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.ended: Ended = "succeeded"
+        self.ended: Outcome = "succeeded"
         self.back = threading.Event()
         self.knocks = 0
 
-    def commit(self, claim: Claim, status: Ended, result: Result) -> bool:
+    def commit(self, claim: Claim, status: Outcome, result: Result) -> bool:
         if status == self.ended:
             self.knocks += 1
             if not self.back.is_set():

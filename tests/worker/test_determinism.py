@@ -15,15 +15,17 @@ from torch import Tensor
 
 from model.embeddings import EmbeddingCache
 from model.fp8 import use_fp8
-from model.pipeline import Pipeline, generate, run
+from model.pipeline import Pipeline, run
+from model.work import generate
 from tests.worker.jobs import make_job
 from worker.contract.job import Job
-from worker.engine import Engine, Task
+from worker.engine import Engine
 from worker.fingerprint import fingerprint, parts
 from worker.metrics import WorkerMetrics
 from worker.models import Loader, Model
 from worker.pictures import encode
 from worker.settings import ModelSource, WorkerSettings
+from worker.task import Task
 
 PROMPTS = ["a red circle", "a dog", "", "the cat on the red mat, and more words than that"]
 

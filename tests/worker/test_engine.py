@@ -13,7 +13,8 @@ from structlog.testing import capture_logs
 from model.work import Decode, Denoise, Encode, NonFiniteLatents, Work
 from tests.worker.fake_pipeline import Bench, FakePipeline, seed_of
 from tests.worker.jobs import make_job
-from worker.engine import Task, explain
+from worker.failures import explain
+from worker.task import Task
 
 
 @pytest.fixture(autouse=True)
@@ -280,7 +281,7 @@ def test_time_of_a_batch_is_shared_by_the_rows_in_it_and_makes_the_speed() -> No
     spent = guided.gpu_s + unguided.gpu_s
     assert guided.gpu_s > unguided.gpu_s > 0
     assert spent < sum(guided.seconds.values()) + sum(unguided.seconds.values())
-    work = guided.job.work + unguided.job.work
+    work = (guided.job.pixel_steps + unguided.job.pixel_steps) / 1e6
     assert bench.engine.speed.measured()[guided.job.model] == pytest.approx(work / spent, rel=0.05)
 
 

@@ -12,7 +12,7 @@ from model.work import Latents, Work
 from tests.worker.fake_pipeline import Bench, FakePipeline
 from tests.worker.jobs import make_job
 from worker.budget import SPARE
-from worker.engine import Task
+from worker.task import Task
 
 
 def test_current_tells_the_piece_of_work_that_runs_and_nothing_in_between() -> None:

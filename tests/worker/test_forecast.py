@@ -10,8 +10,8 @@ import pytest
 from model.work import Denoise
 from tests.worker.fake_pipeline import Bench, Clock, FakePipeline
 from tests.worker.jobs import make_job
-from worker.engine import Task
 from worker.forecast import FIRST_S, FRESH_S, MAX_KINDS, Forecast, Kind
+from worker.task import Task
 
 STEP = Kind("tiny", "denoise", (64, 64))
 WIDE = Kind("tiny", "denoise", (64, 128))

@@ -23,7 +23,7 @@ from worker.main import Worker, serve_to_the_end
 from worker.metrics import WorkerMetrics
 from worker.models import Model
 from worker.settings import WorkerSettings
-from worker.status import Status
+from worker.status import ProcessStatus
 
 
 @pytest.mark.slow  # it waits a while for the GPU
@@ -112,5 +112,5 @@ def test_a_status_that_cannot_be_written_is_not_left_to_grow_old(redis_url: str,
 
 
 def _said(file: Path) -> tuple[str, int]:
-    status = Status.read(file)
+    status = ProcessStatus.read(file)
     return (status.state, status.jobs) if status else ("loading", 0)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from model.checkpoint import CheckpointError
 from model.fp8 import Fp8Linear
 from model.room import NoRoom, check_room
 from model.sampling import Shift
+from model.weights import CheckpointError
 from model.work import Begin
 from tests.tiny_bundle import CARD, save_variant
 from worker.models import Loader, Model, NoSuchDevice, advice, pick_device

@@ -21,7 +21,7 @@ from tests.processes import wait_until
 from worker.contract.errors import CannotStart
 from worker.contract.settings import ContractSettings
 from worker.probes import Probes, serving
-from worker.status import STUCK_S, State, Status
+from worker.status import STUCK_S, ProcessStatus, State
 from worker.supervisor import STATUS, Slot, Supervisor
 
 SUPERVISE = """
@@ -41,13 +41,13 @@ import os, sys, time
 from pathlib import Path
 from tests.worker.jobs import make_job
 from worker.metrics import WorkerMetrics, count_for_supervisor
-from worker.status import Status
+from worker.status import ProcessStatus
 count_for_supervisor()
 metrics, job = WorkerMetrics(), make_job()
 metrics.loaded("tiny", 2.0)
 metrics.claimed(job, 0.3)
 metrics.batch(job, "denoise", rows=os.getpid(), tokens=40, seconds=0.02)
-Status("ready", 1, time.monotonic()).write(Path(os.environ["DARKROOM_WORKER_STATUS"]))
+ProcessStatus("ready", 1, time.monotonic()).write(Path(os.environ["DARKROOM_WORKER_STATUS"]))
 time.sleep(999)
 """
 
@@ -66,7 +66,7 @@ class Site:
     def say(self, n: int, state: Any, jobs: int = 0, age_s: float = 0.0) -> None:
         folder = self.slots[n].folder
         assert folder
-        Status(state, jobs, time.monotonic() - age_s).write(folder / STATUS)
+        ProcessStatus(state, jobs, time.monotonic() - age_s).write(folder / STATUS)
 
     def ask(self, path: str) -> tuple[int, dict[str, Any]]:
         status, _, body = self.probes.answer(path)

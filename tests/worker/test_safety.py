@@ -22,12 +22,12 @@ from worker.contract.job import Job, JobView, Output
 from worker.contract.queue import JobQueue
 from worker.contract.store import FolderStore
 from worker.delivery import Delivery
-from worker.engine import Task
 from worker.intake import Intake
 from worker.metrics import WorkerMetrics
 from worker.previews import encode_preview
 from worker.safety import SafetyFilter, blurred, open_nsfw, safety_filter
 from worker.settings import WorkerSettings
+from worker.task import Task
 
 BLACK = torch.zeros(64, 64, 3, dtype=torch.uint8)
 WHITE = torch.full((64, 64, 3), 255, dtype=torch.uint8)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.status import STOOD_STILL_S, Status, Turns, shared_folder
+from worker.status import STOOD_STILL_S, ProcessStatus, Turns, shared_folder
 
 HOLD = """
 import sys, time
@@ -22,10 +22,10 @@ with shared_folder(Path(sys.argv[1])) as folder:
 
 def test_a_status_is_read_as_it_was_written(tmp_path: Path) -> None:
     file = tmp_path / "status.json"
-    assert Status.read(file) is None
-    for status in (Status("connecting", 0, 1.5), Status("ready", 3, 2.5)):
+    assert ProcessStatus.read(file) is None
+    for status in (ProcessStatus("connecting", 0, 1.5), ProcessStatus("ready", 3, 2.5)):
         status.write(file)
-        assert Status.read(file) == status
+        assert ProcessStatus.read(file) == status
     assert list(tmp_path.iterdir()) == [file]
 
 

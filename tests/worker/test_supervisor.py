@@ -46,8 +46,8 @@ import sys
 from pathlib import Path
 from worker.contract.settings import ContractSettings
 from worker.supervisor import Slot, Supervisor
-code = "import os, time; from pathlib import Path; from worker.status import Status;" \\
-    "status = Status('ready', int(os.environ['JOBS']), time.monotonic());" \\
+code = "import os, time; from pathlib import Path; from worker.status import ProcessStatus;" \\
+    "status = ProcessStatus('ready', int(os.environ['JOBS']), time.monotonic());" \\
     "status.write(Path(os.environ['DARKROOM_WORKER_STATUS'])); time.sleep(99)"
 slots = [Slot({"JOBS": jobs}, Path(sys.argv[1]) / jobs) for jobs in ("2", "3")]
 command = (sys.executable, "-c", code)
@@ -80,10 +80,10 @@ def test_a_process_that_cannot_start_is_not_tried_again(redis_url, monkeypatch):
 def test_a_process_that_cannot_start_again_is_tried_again_and_ends_no_others(redis_url, monkeypatch, tmp_path):
     log = tmp_path / "starts"
     child = (
-        "import os, sys, time; from pathlib import Path; from worker.status import Status;"
+        "import os, sys, time; from pathlib import Path; from worker.status import ProcessStatus;"
         f"file = open({str(log)!r}, 'a'); file.write('x'); file.flush(); again = file.tell();"
         "again > 2 and time.sleep(99); again > 1 and sys.exit(2);"
-        "Status('ready', 0, time.monotonic()).write(Path(os.environ['DARKROOM_WORKER_STATUS'])); time.sleep(1)"
+        "ProcessStatus('ready', 0, time.monotonic()).write(Path(os.environ['DARKROOM_WORKER_STATUS'])); time.sleep(1)"
     )
     monkeypatch.setenv("DARKROOM_REDIS_URL", redis_url)
     command = [sys.executable, "-c", SUPERVISE_IN, redis_url, child, str(tmp_path / "slot")]

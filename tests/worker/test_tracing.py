@@ -14,8 +14,8 @@ from opentelemetry.trace import StatusCode
 from tests.worker.fake_pipeline import Bench
 from tests.worker.jobs import make_job
 from worker.contract.job import Failure, Job
-from worker.engine import Task
 from worker.intake import Claim
+from worker.task import Task
 from worker.tracing import MAX_EVENTS, JobTracing
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

@@ -1,1 +1,4 @@
-"""What gateway and worker say to each other through Redis and the picture store. Never imports torch."""
+"""All that the gateway may import of the worker: what both say to each other, and the little that both need.
+
+Never imports torch.
+"""

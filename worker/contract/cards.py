@@ -34,6 +34,13 @@ class Limits:
     max_prompt_chars: int = 10_000
     max_num_images: int = 4
 
+    def allows(self, width: int, height: int) -> bool:
+        """Whether a picture may have exactly this size, in pixels."""
+        for side in (width, height):
+            if not self.min_side <= side <= self.max_side or side % self.side_multiple:
+                return False
+        return self.min_pixels <= width * height <= self.max_pixels
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
@@ -41,7 +48,7 @@ class ModelCard:
 
     name: str
     description: str
-    variant: str  # large | large-turbo | medium | a small one by configuration
+    variant: str  # large | large-turbo | medium | other
     revision: str  # changes when the weights do
     parameters: int  # of the MMDiT
     defaults: Defaults

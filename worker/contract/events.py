@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import redis.asyncio
 from redis.exceptions import RedisError
 
+from worker.contract.job import TERMINAL
 from worker.contract.link import end, reaching_redis
 
 CHANNEL = "darkroom:event"
@@ -25,8 +26,6 @@ UNREAD_AT_MOST = 64
 
 EVENT_ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 FIRST = "0-0"
-
-ENDINGS = frozenset({"succeeded", "failed", "canceled"})
 
 T = TypeVar("T")
 
@@ -87,7 +86,7 @@ class Unread:
             if stream_order(event.id) > last:
                 last = stream_order(event.id)
                 yield event
-                if event.name in ENDINGS:
+                if event.name in TERMINAL:
                     return
         self._gap = False
 
@@ -163,7 +162,7 @@ class JobEvents:
             event = Event(at.decode(), name.decode(), json.loads(data))
             for unread in following:
                 unread.put(event)
-        if name.decode() in ENDINGS:
+        if name.decode() in TERMINAL:
             _set_all(self._waiting.get(job_id, set()))
 
 

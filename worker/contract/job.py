@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 from dataclasses import asdict, dataclass, field
@@ -19,16 +20,19 @@ Priority = Literal["high", "normal", "low"]
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
 OutputFormat = Literal["png", "jpeg", "webp"]
-OUTPUT_FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
 MEDIA_TYPES: dict[OutputFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 Metadata = Literal["full", "none"]
 
 WebhookEvent = Literal["started", "progress", "completed"]
-WEBHOOK_EVENTS: tuple[WebhookEvent, ...] = get_args(WebhookEvent)
 
 Status = Literal["queued", "running", "succeeded", "failed", "canceled"]
-TERMINAL: frozenset[Status] = frozenset({"succeeded", "failed", "canceled"})
+Outcome = Literal["succeeded", "failed", "canceled"]
+TERMINAL: frozenset[Status] = frozenset(get_args(Outcome))
+"""How a job may end; it stays so."""
+
+JOB_ID = re.compile(r"gen_[0-9a-f]{31}")
+"""The form of the ids that we give."""
 
 
 def new_job_id() -> str:
@@ -95,13 +99,7 @@ class Job:
     @property
     def pixel_steps(self) -> int:
         """Its work: pixels, times forward passes of the network over each."""
-        rows = 2 if self.params.guided else 1
-        return self.params.width * self.params.height * self.steps * rows
-
-    @property
-    def work(self) -> float:
-        """Its work in megapixel-steps."""
-        return self.pixel_steps / 1e6
+        return self.params.width * self.params.height * self.steps * self.params.rows
 
     def to_payload(self) -> dict[str, Any]:
         """The job as JSON-ready data."""
@@ -145,6 +143,10 @@ class Failure:
 
     code: str
     message: str
+
+
+DEADLINE_EXCEEDED = "deadline_exceeded"
+"""Code of a failure: the job's deadline passed, or could not be met."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +204,11 @@ class JobView:
     cancel_requested: bool = False
     result: Result | None = None  # once ended
     deliveries: tuple[dict[str, Any], ...] = ()  # of its webhooks, newest last: event, at, attempt, status, ...
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was accepted but not followed to the letter: of the request, then of what became of it."""
+        return tuple(dict.fromkeys((*self.job.warnings, *(self.result.warnings if self.result else ()))))
 
 
 def queue_name(model: str, priority: Priority) -> str:

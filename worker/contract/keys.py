@@ -19,12 +19,10 @@ from typing import Any, Literal, Self, cast, get_args
 
 import redis
 import redis.asyncio
-from redis.backoff import NoBackoff
 from redis.client import Pipeline
-from redis.retry import Retry
 
 from worker.contract.errors import InvalidField
-from worker.contract.link import connect_async, link_options, reaching_redis
+from worker.contract.link import connect, connect_async, reaching_redis
 from worker.contract.settings import ContractSettings
 from worker.contract.transitions import EVEN_IF_FULL
 
@@ -183,7 +181,7 @@ class Keyring:
     @classmethod
     def connect(cls, settings: ContractSettings) -> Self:
         """On the Redis of the settings; nothing is sent yet."""
-        return cls(redis.Redis.from_url(str(settings.redis_url), retry=Retry(NoBackoff(), 0), **link_options()))
+        return cls(connect(settings, again=False))
 
     def __enter__(self) -> Self:
         return self

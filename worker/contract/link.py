@@ -26,7 +26,28 @@ ANSWER_TIMEOUT_S = 2.0
 END_EVERY_S = 0.1
 
 
-def link_options() -> dict[str, Any]:
+def connect(settings: ContractSettings, *, again: bool) -> redis.Redis:
+    """A client of the Redis of the settings; nothing is sent yet.
+
+    again: a dropped connection is tried again at once; an operator's command rather says that Redis is away.
+    """
+    retry = _retry_once() if again else Retry(NoBackoff(), 0)
+    return redis.Redis.from_url(str(settings.redis_url), retry=retry, **_link_options())
+
+
+def connect_async(settings: ContractSettings, max_connections: int) -> redis.asyncio.Redis:
+    """A client of the Redis of the settings with a pool of its own; nothing is sent yet."""
+    pool = redis.asyncio.BlockingConnectionPool.from_url(
+        str(settings.redis_url),
+        max_connections=max_connections,
+        timeout=CONNECTION_WAIT_S,
+        retry=_retry_once_async(),
+        **_link_options(),
+    )
+    return redis.asyncio.Redis.from_pool(pool)
+
+
+def _link_options() -> dict[str, Any]:
     """Options of both kinds of client."""
     return {
         "socket_connect_timeout": CONNECT_TIMEOUT_S,
@@ -36,25 +57,13 @@ def link_options() -> dict[str, Any]:
     }
 
 
-def connect_async(settings: ContractSettings, max_connections: int) -> redis.asyncio.Redis:
-    """A client of the Redis of the settings with a pool of its own; nothing is sent yet."""
-    pool = redis.asyncio.BlockingConnectionPool.from_url(
-        str(settings.redis_url),
-        max_connections=max_connections,
-        timeout=CONNECTION_WAIT_S,
-        retry=retry_once_async(),
-        **link_options(),
-    )
-    return redis.asyncio.Redis.from_pool(pool)
-
-
-def retry_once() -> Retry:
+def _retry_once() -> Retry:
     """A dropped connection is tried again at once; a silent Redis is not. All our scripts may run twice."""
     return Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,))
 
 
-def retry_once_async() -> AsyncRetry:
-    """As `retry_once`, for asyncio."""
+def _retry_once_async() -> AsyncRetry:
+    """As `_retry_once`, for asyncio."""
     return AsyncRetry(NoBackoff(), 1, supported_errors=(RedisConnectionError,))
 
 

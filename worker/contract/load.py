@@ -1,7 +1,7 @@
 """How much work there is, how fast it is done, and so how long a new job would wait.
 
-Work is counted in megapixel-steps (`Job.pixel_steps`), and a worker's speed in those a second, while it is busy. Work
-of one model is shared by all workers that hold it; a worker that holds several models takes turns between them.
+Redis counts work in pixel-steps (`Job.pixel_steps`); speeds are in megapixel-steps a second, of a worker that is busy.
+Work of one model is shared by all workers that hold it; a worker that holds several models takes turns between them.
 """
 
 from __future__ import annotations

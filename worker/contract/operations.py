@@ -9,22 +9,19 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self, cast
 
 import redis
-from redis.backoff import NoBackoff
 from redis.commands.core import Script
-from redis.retry import Retry
 from rq.defaults import RQ_KEY_PREFIX
 
 from worker.contract.errors import SchemaUnknown, UnknownModel
 from worker.contract.job import PRIORITIES, Priority, queue_name
-from worker.contract.link import link_options, reaching_redis
-from worker.contract.queue import JOB_ID, LATE_AT_MOST, WORKER_SEEN_S
+from worker.contract.link import connect, reaching_redis
+from worker.contract.queue import LATE_AT_MOST, SAFE_ID, SUBMITTED, WORKER_SEEN_S
 from worker.contract.record import RecordWriter, read_job, read_time
 from worker.contract.settings import ContractSettings
 from worker.contract.transitions import EVEN_IF_FULL, script
 
 PAUSED = "darkroom:paused"
 DRAINING = "darkroom:draining"
-SUBMITTED = "darkroom:submitted"
 
 CHUNK = 50
 """Jobs handled by one script or pipeline, so that nobody else waits long for Redis."""
@@ -85,7 +82,7 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Status:
+class FleetStatus:
     """All queues and workers at one moment."""
 
     models: tuple[ModelStatus, ...]
@@ -118,8 +115,7 @@ class Operations:
     @classmethod
     def connect(cls, settings: ContractSettings) -> Self:
         """On the Redis of the settings; nothing is sent yet."""
-        url = str(settings.redis_url)
-        return cls(redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **link_options()), settings)
+        return cls(connect(settings, again=False), settings)
 
     def __enter__(self) -> Self:
         return self
@@ -133,11 +129,11 @@ class Operations:
         """Closes the connection."""
         self._redis.close()
 
-    def status(self) -> Status:
+    def status(self) -> FleetStatus:
         """Everything that is known of queues and workers, in one round trip; changes nothing."""
         seen = json.loads(self._run("status", self._lifetime_s))
         now = float(seen["now"])
-        return Status(
+        return FleetStatus(
             models=tuple(_model_status(model, now) for model in seen["models"]),
             workers=tuple(_worker_status(worker) for worker in seen["workers"]),
         )
@@ -204,7 +200,7 @@ class Operations:
         It gets as many seconds as it had, from now on, and ends once more, with an event of its own; its events go on
         where they were. What it left in its earlier life is gone, but for RQ's stream of results.
         """
-        if not JOB_ID.fullmatch(job_id):
+        if not SAFE_ID.fullmatch(job_id):
             return Retried(id=job_id, refused=REFUSALS["gone"])
         with reaching_redis(), self._redis.pipeline(transaction=True) as pipe:
             pipe.time()

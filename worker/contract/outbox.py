@@ -14,6 +14,8 @@ from worker.contract.link import connect_async, reaching_redis
 from worker.contract.settings import ContractSettings
 from worker.contract.transitions import script
 
+OUTBOX = "darkroom:outbox"
+
 KEPT = 20
 """Deliveries that a job's log keeps."""
 
@@ -74,14 +76,14 @@ class Outbox:
     async def waiting(self) -> int:
         """How many messages are not delivered yet."""
         with reaching_redis():
-            return int(await cast(Any, self._redis.zcard("darkroom:outbox")))
+            return int(await cast(Any, self._redis.zcard(OUTBOX)))
 
     async def overdue_s(self) -> float:
-        """Since how many seconds the message is due that no sender took though it is due the longest; else 0."""
+        """How long the most overdue message has waited for a sender, in seconds; 0: none is overdue."""
         with reaching_redis():
             async with self._redis.pipeline(transaction=True) as pipe:
                 pipe.time()
-                pipe.zrange("darkroom:outbox", 0, 0, withscores=True)
+                pipe.zrange(OUTBOX, 0, 0, withscores=True)
                 (seconds, micros), first = await pipe.execute()
         now = float(seconds) + float(micros) / 1e6
         return max(0.0, now - float(first[0][1])) if first else 0.0

@@ -27,7 +27,7 @@ from worker.contract.errors import (
     TooManyJobs,
     UnknownGeneration,
 )
-from worker.contract.events import ENDINGS, EVENT_ID, FIRST, Event, JobEvents
+from worker.contract.events import EVENT_ID, FIRST, Event, JobEvents
 from worker.contract.job import TERMINAL, Job, JobView, Priority, queue_name
 from worker.contract.link import connect_async, reaching_redis
 from worker.contract.load import Load, Survey
@@ -39,6 +39,7 @@ from worker.contract.usage import USAGE_DAYS, Usage, read_usage
 
 CARDS = "darkroom:cards"
 WORKERS = "darkroom:workers"
+SUBMITTED = "darkroom:submitted"
 WORKER_SEEN_S = 10
 """A worker not heard of for so long is not counted."""
 
@@ -51,20 +52,25 @@ FOLLOW_RECHECK_S = 15.0
 RETRY_AFTER_S = 10
 """What a client turned away by a full queue is told to wait, where nobody knows how long that will be."""
 
-LONGEST_RETRY_AFTER_S = 3600
-
 DRAIN_RETRY_AFTER_S = 30
 """The same for a model that is being drained, which takes longer."""
 
+LONGEST_RETRY_AFTER_S = 3600
+"""No client is told to wait longer, however long the queue is."""
+
 WATCH_S = 15
+"""Who asks for previews of a job gets them so long."""
+
 PREVIEW_S = 30
 """A preview is kept so long."""
 
 LATE_AT_MOST = 200
+"""Jobs past their deadline that one reaping ends, so that nobody else waits long for Redis."""
 
 MAX_CONNECTIONS = 32
 
-JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+SAFE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""What may stand in a key of Redis as a job's id; our own are `job.JOB_ID`."""
 
 
 SECRET = "darkroom:secret"
@@ -189,7 +195,7 @@ class JobQueue:
 
     async def page(self, owner: str, *, limit: int, before: str | None = None) -> list[JobView]:
         """An owner's jobs, newest first, at most `limit`; those older than the job `before`, which may be gone."""
-        if limit < 1 or (before is not None and not JOB_ID.fullmatch(before)):
+        if limit < 1 or (before is not None and not SAFE_ID.fullmatch(before)):
             return []
         views = []
         for record in await self._run("page", owner, limit, before or ""):
@@ -199,7 +205,7 @@ class JobQueue:
 
     async def forget(self, job_id: str) -> bool:
         """Forgets a job, after ending it if need be; False if there is none. The caller deletes its pictures."""
-        return bool(JOB_ID.fullmatch(job_id) and await self._run("forget", job_id))
+        return bool(SAFE_ID.fullmatch(job_id) and await self._run("forget", job_id))
 
     async def expected_wait(self, model: str, priority: Priority, owner: str | None = None) -> float | None:
         """Seconds until a job submitted now would start; None: no worker holds the model, or none has measured itself.
@@ -281,7 +287,7 @@ class JobQueue:
                     yield event
                 if view.status in TERMINAL:
                     return
-                if past and past[-1].name in ENDINGS:
+                if past and past[-1].name in TERMINAL:
                     continue
                 async for event in unread.after(last, FOLLOW_RECHECK_S):
                     last = event.id
@@ -328,7 +334,7 @@ class JobQueue:
         return Load.from_json(await self._run("load", WORKER_SEEN_S, *who))
 
     async def _record(self, transition: str, job_id: str) -> JobView:
-        if not JOB_ID.fullmatch(job_id):
+        if not SAFE_ID.fullmatch(job_id):
             raise UnknownGeneration(job_id)
         record = await self._run(transition, job_id)
         if record is None:

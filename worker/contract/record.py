@@ -9,7 +9,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import redis
 from rq.job import Job as RQJob
@@ -17,11 +17,9 @@ from rq.serializers import JSONSerializer
 from rq.utils import utcparse
 
 from worker.contract.errors import SchemaUnknown
-from worker.contract.job import SCHEMA, TERMINAL, Failure, Job, JobView, Progress, Result, Status, execute
+from worker.contract.job import SCHEMA, TERMINAL, Failure, Job, JobView, Outcome, Progress, Result, Status, execute
 
-Ended = Literal["succeeded", "failed", "canceled"]
-
-RQ_STATUS: Final[dict[Ended, str]] = {"succeeded": "finished", "failed": "failed", "canceled": "canceled"}
+RQ_STATUS: Final[dict[Outcome, str]] = {"succeeded": "finished", "failed": "failed", "canceled": "canceled"}
 STATUS: Final[dict[str, Status]] = {
     "queued": "queued",
     "started": "running",
@@ -42,7 +40,7 @@ class Ending:
     encoded: str  # as in RQ's stream of results: base64 of the return value, or of the packed error
 
 
-def encode(status: Ended, result: Result) -> Ending:
+def encode(status: Outcome, result: Result) -> Ending:
     """The forms of a result that Redis keeps."""
     outcome = result.to_json()
     if status == "succeeded":

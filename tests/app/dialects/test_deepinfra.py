@@ -123,3 +123,15 @@ def test_client_that_goes_away_cancels_its_job(alone: Live, worker: Painter) -> 
     with pytest.raises(httpx.ReadTimeout):
         post(alone, timeout=0.5)
     wait_until(lambda: [job["status"] for job in alone.jobs()] == ["canceled"])
+
+
+def test_shape_beside_a_size_is_refused(live: Live) -> None:
+    answer = post(live, aspect_ratio="16:9", width=128)
+    assert (answer.status_code, answer.json()["detail"]["error"]) == (
+        422,
+        'aspect_ratio is "16:9"; allowed: nothing beside width or height',
+    )
+
+
+def test_warnings_are_told(live: Live) -> None:
+    assert "negative_prompt" in post(live, "sd3.5-large-turbo", negative_prompt="squares").json()["warnings"][0]

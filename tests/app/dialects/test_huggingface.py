@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
 from typing import Any
 
 import httpx
 import pytest
 from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
+from PIL import Image
 
 from app.settings import GatewaySettings
 from tests.app.dialects.conftest import Live
@@ -121,3 +124,24 @@ def test_accept_decides_on_the_format(live: Live, accept: str, kind: str) -> Non
 def test_parameters_may_be_left_out(live: Live, parameters: Any) -> None:
     body = {"inputs": PROMPT, "parameters": parameters, "options": {"use_cache": False}}
     assert httpx.post(f"{live.url}/huggingface/tiny", json=body, trust_env=False).status_code == 200
+
+
+@pytest.mark.parametrize("parameters", [{}, {"num_inference_steps": 4}])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_picture_as_input_is_refused_in_so_many_words(live: Live, parameters: dict[str, Any], format: str) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(file, format)
+    with pytest.raises(HfHubHTTPError, match="pictures from pictures are not served yet"):
+        client_for(live).image_to_image(file.getvalue(), **parameters)
+
+
+def test_picture_too_large_to_be_read_is_told_the_same(live: Live) -> None:
+    with pytest.raises(HfHubHTTPError, match="pictures as input are not served"):
+        client_for(live).image_to_image(b"\x89PNG\r\n\x1a\n" + bytes(100_000), num_inference_steps=4)
+
+
+def test_warnings_come_in_a_header(live: Live) -> None:
+    url = f"{live.url}/huggingface/sd3.5-large-turbo"
+    asked = {"inputs": PROMPT, "parameters": {"negative_prompt": "squares"}}
+    answer = httpx.post(url, json=asked, trust_env=False, timeout=20)
+    assert "negative_prompt" in json.loads(answer.headers["x-warnings"])[0]

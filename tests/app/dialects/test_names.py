@@ -11,7 +11,7 @@ from pydantic import Field
 from app.dialects.body import Asked, checked, in_their_words
 from app.dialects.models import card_named, default_card, find_card
 from app.dialects.partials import jpeg_size
-from app.dialects.sizes import fitted, is_legal, of_ratio
+from app.dialects.sizes import fitted, of_ratio
 from app.limits import Catalog
 from tests.app.dialects.painter import picture_of
 from tests.app.fake_worker import LARGE, TINY, TURBO
@@ -86,9 +86,9 @@ def test_ratio_is_the_vendors_size_only_for_a_model_of_a_megapixel() -> None:
 @pytest.mark.parametrize("card", [LARGE, DEMO])
 def test_fitted_size_is_legal_and_of_the_same_shape(size: tuple[int, int], card: ModelCard) -> None:
     width, height = fitted(*size, card)
-    assert is_legal(width, height, card.limits)
+    assert card.limits.allows(width, height)
     assert width / height == pytest.approx(size[0] / size[1], rel=0.15)
-    if is_legal(*size, card.limits):
+    if card.limits.allows(*size):
         assert (width, height) == size
 
 

@@ -355,3 +355,67 @@ def test_drained_gateway_leaves_a_held_job_to_a_retry_at_another(settings: Gatew
         )
         assert again.status_code == 200
         assert [job["status"] for job in other.jobs()] == ["succeeded"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "made"),
+    [
+        ({"width": 128, "height": 96}, "128x96"),
+        ({"aspect_ratio": "7:4"}, "112x64"),
+    ],
+)
+def test_size_may_be_said_in_our_words(client: openai.OpenAI, live: Live, asked: dict[str, Any], made: str) -> None:
+    answer = client.images.generate(model="tiny", prompt=PROMPT, extra_body=asked | {"cfg_scale": 2.5})
+    assert answer.size == made
+    assert live.jobs()[0]["params"]["guidance_scale"] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        ({"size": "64x64", "width": 128}, 'size is "64x64"; allowed: nothing beside width'),
+        ({"width": 100, "height": 64}, "width is 100; allowed: a multiple of 16"),
+        ({"cfg_scale": 99}, "cfg_scale is 99.0; allowed: 0 to 20"),
+        ({"aspect_ratio": "wide"}, 'aspect_ratio is "wide"'),
+    ],
+)
+def test_our_words_are_refused_under_their_own_names(client: openai.OpenAI, asked: dict[str, Any], text: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(model="tiny", prompt=PROMPT, extra_body=asked)
+    assert text in caught.value.message
+
+
+def test_answer_tells_the_model_that_drew_what_was_not_followed_and_no_usage(client: openai.OpenAI) -> None:
+    extra = {"negative_prompt": "squares"}
+    answer = client.images.generate(model="sd3.5-large-turbo", prompt=PROMPT, extra_body=extra)
+    assert answer.model == "sd3.5-large-turbo"  # type: ignore[attr-defined]
+    assert "negative_prompt" in answer.warnings[0]  # type: ignore[attr-defined]
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == 0
+
+
+def test_client_of_another_server_finds_the_pictures_below_v1(live: Live) -> None:
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="any") as client:
+        assert size_of((client.images.generate(model="tiny", prompt=PROMPT).data or [])[0].b64_json)[:2] == (64, 64)
+        with pytest.raises(openai.BadRequestError, match="n is 99") as caught:
+            client.images.generate(model="tiny", prompt=PROMPT, n=99)
+    assert caught.value.param == "n"
+
+
+def test_deepinfras_path_stands_in_for_no_model(live: Live) -> None:
+    with openai.OpenAI(base_url=f"{live.url}/v1/openai", api_key="any") as client:
+        with pytest.raises(openai.NotFoundError, match="FLUX"):
+            client.images.generate(model="black-forest-labs/FLUX-1-schnell", prompt=PROMPT)
+        assert client.images.generate(model="darkroom/tiny", prompt=PROMPT).size == "64x64"
+
+
+def test_job_that_cannot_be_done_in_time_says_why(settings: GatewaySettings) -> None:
+    why = "the deadline cannot be met: 4.0 s are left, at least 31.4 s are needed"
+    with (
+        Painter(settings, failure=Failure(code="deadline_exceeded", message=why)),
+        Live(settings) as live,
+        openai.OpenAI(base_url=f"{live.url}/openai/v1", api_key="any", max_retries=0) as client,
+        pytest.raises(openai.InternalServerError, match=why) as caught,
+    ):
+        client.images.generate(model="tiny", prompt=PROMPT)
+    assert caught.value.status_code == 504

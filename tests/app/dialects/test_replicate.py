@@ -478,3 +478,25 @@ def keyless(live: Live) -> Iterator[Live]:
     """A gateway beside the other that asks for keys; nobody has one."""
     with Live(live.app.state.gateway.settings.model_copy(update={"auth": "on"})) as keyless:
         yield keyless
+
+
+def test_deployment_is_got_and_asked(client: replicate.Client, live: Live) -> None:
+    deployment = client.deployments.get("me/tiny")
+    assert (deployment.owner, deployment.name) == ("me", "tiny")
+    done = deployment.predictions.create(input=INPUT)
+    done.wait()
+    assert done.status == "succeeded"
+    assert client.deployments.list().results == []
+    assert ask(live, "/v1/deployments/me/nothing", "GET").status_code == 404
+
+
+def test_shape_beside_a_size_is_said_to_be_ignored(client: replicate.Client) -> None:
+    done = client.predictions.create("darkroom/tiny", input=INPUT | {"aspect_ratio": "16:9", "size": "64x64"})
+    done.wait()
+    assert "Warning: this model has no input aspect_ratio beside a size; it was ignored\n" in (done.logs or "")
+
+
+def test_logs_say_why_a_prediction_was_canceled_by_its_deadline() -> None:
+    result = Result(failure=Failure(code="deadline_exceeded", message="late"))
+    view = JobView(job=job_of({"cancel_after_s": 5}), status="failed", ended_at=3.0, result=result)
+    assert prediction(view, Links("http://x"))["logs"].endswith("Canceled: late\n")

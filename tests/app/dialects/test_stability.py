@@ -280,3 +280,23 @@ def test_result_of_an_accepted_job_is_polled(alone: Live, worker: Painter) -> No
     as_json = httpx.get(url, headers={"accept": "application/json; type=image/png"}, trust_env=False)
     assert as_bytes.headers["content-type"] == "image/png"
     assert b64decode(as_json.json()["image"]) == as_bytes.content
+
+
+@pytest.mark.parametrize(
+    ("form", "cfg"),
+    [
+        ({"model": "sd3.5-large"}, 4.0),
+        ({"model": "sd3.5-large-turbo"}, 1.0),
+        ({"model": "tiny"}, 3.0),
+        ({"model": "sd3.5-large", "cfg_scale": 6}, 6.0),
+    ],
+)
+def test_cfg_scale_left_out_is_stabilitys_own(live: Live, form: dict[str, Any], cfg: float) -> None:
+    assert post(live, **form).status_code == 200
+    assert live.jobs()[0]["params"]["guidance_scale"] == cfg
+
+
+@pytest.mark.parametrize("accept", ["image/*", "application/json"])
+def test_warnings_come_in_a_header(live: Live, accept: str) -> None:
+    answer = post(live, accept=accept, model="sd3.5-large-turbo", negative_prompt="squares")
+    assert "negative_prompt" in json.loads(answer.headers["x-warnings"])[0]

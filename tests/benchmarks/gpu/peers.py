@@ -13,9 +13,10 @@ from torch import Tensor
 from model.bundle import shift_json
 from model.mmdit import MMDiT
 from model.params import GenerationParams
-from model.pipeline import Denoise, Pipeline
+from model.pipeline import Pipeline
 from model.sampling import TRAIN_STEPS
 from model.vae import VAE
+from model.work import Denoise
 from tests.gpu.theirs import autoencoder_of, transformer_of
 
 

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.fp8 import FP8, use_fp8
+from model.embeddings import Text
+from model.fp8 import use_fp8
+from model.kernels.elementwise import FP8
 from model.params import GenerationParams
-from model.pipeline import Decode, Denoise, Encode, Latents, Pipeline, generate, run
+from model.pipeline import Pipeline, run
 from model.sampling import schedule
-from model.text import CLIP_LENGTH, Text
+from model.text import CLIP_LENGTH
 from model.tuning import random_mmdit
+from model.work import Decode, Denoise, Encode, Latents, generate
 from tests.benchmarks.gpu import flops, peers, start
 from tests.benchmarks.gpu.ceilings import Ceilings
 from tests.benchmarks.gpu.table import Finding, Goal

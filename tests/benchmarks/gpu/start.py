@@ -58,7 +58,8 @@ def main() -> None:
     parser.add_argument("--spawned", type=float, required=True)
     chosen = parser.parse_args()
     from model.params import GenerationParams
-    from model.pipeline import generate, run
+    from model.pipeline import run
+    from model.work import generate
     from worker import models
     from worker.settings import ModelSource, WorkerSettings
 

@@ -24,9 +24,9 @@ from model.evaluation.lessons import (
     labels_of,
 )
 from model.training.drawing import draw, pack
-from model.training.feed import HELD_OUT_SEEDS, Feed
+from model.training.feed import Feed
 from model.training.scenes import KINDS, SHAPES, STYLES, sample_scene
-from model.training.sources import Frame
+from model.training.sources import HELD_OUT_SEEDS, Frame
 from model.vae import VAE
 
 CPU = torch.device("cpu")

@@ -24,7 +24,8 @@ from model.evaluation.sheet import wrong
 from model.evaluation.subject import Card, load_subject
 from model.evaluation.table import Header, outside, recorded, table, to_json, versus
 from model.params import GenerationParams
-from model.pipeline import generate, run
+from model.pipeline import run
+from model.work import generate
 from tests.tiny_bundle import save_variant
 
 CARD = Card(steps=16, guidance_scale=4.0, width=512, height=512)

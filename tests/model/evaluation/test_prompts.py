@@ -6,9 +6,9 @@ from itertools import islice
 
 from model.evaluation.prompts import OPEN_SHAPE, drawings_of_open_prompt, open_requests, requests
 from model.training.captions import COLOUR_WORDS, PLACES, RELATIONS, SHAPE_WORDS
-from model.training.feed import HELD_OUT_SEEDS
 from model.training.palette import COLOURS
 from model.training.scenes import KINDS, STYLES, STYLES_OF, held_out
+from model.training.sources import HELD_OUT_SEEDS
 
 ASKED = requests(200)
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from model.card import CARD, FILE
 from model.checkpoint import load_components
 from model.config import MMDiTConfig
 from model.layouts import find
-from model.lowrank import CARD, FILE
 from model.mmdit import MMDiT
 from model.params import GenerationParams
-from model.pipeline import Pipeline, generate, run
+from model.pipeline import Pipeline, run
 from model.sampling import Growth, Shift, noise, sigmas
 from model.training import distillation
 from model.training.adapters import adapted, save_difference
@@ -27,6 +27,7 @@ from model.training.plan import Phase, Size
 from model.training.teacher import Teacher, load_teacher, write_comparison
 from model.training.variant import LIMIT_BYTES, export_turbo
 from model.training.windows import guided, velocity, windows
+from model.work import generate
 from tests.model import tiny
 
 CPU = torch.device("cpu")
@@ -70,8 +71,8 @@ def test_windows_join_the_levels_of_a_run(shift: Shift, tokens: int) -> None:
     assert [*(window.start for window in found), 0.0] == pytest.approx(sigmas(4, shift, tokens))
     assert [window.end for window in found[:-1]] == [window.start for window in found[1:]]
     for window in found:
-        assert len(window.levels) == 5
-        assert list(window.levels) == sorted(window.levels, reverse=True)
+        assert len(window.sigmas) == 5
+        assert list(window.sigmas) == sorted(window.sigmas, reverse=True)
 
 
 def test_the_teacher_goes_where_its_pipeline_does(teacher: Teacher) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.training.drawing import View, draw, pack
+from model.training.canvas import View
+from model.training.drawing import draw, pack
 from model.training.palette import COLOURS, contrast
 from model.training.scenes import KINDS, SHAPES, STYLES, STYLES_OF, Background, Scene, Thing, sample_scene
 from model.training.shapes import PARTS

@@ -15,7 +15,7 @@ from model.checkpoint import load_components
 from model.config import MMDiTConfig, VAEConfig
 from model.mmdit import MMDiT
 from model.params import GenerationParams
-from model.pipeline import Pipeline, generate, run
+from model.pipeline import Pipeline, run
 from model.training.__main__ import main
 from model.training.bundle import FILE_BYTES, LIMIT_BYTES, export_bundle
 from model.training.demo import (
@@ -34,16 +34,16 @@ from model.training.feed import Captioned, Feed
 from model.training.fidelity import high_frequencies
 from model.training.flow import Dropout, FlowTraining, Run, first_net, sample_sigma
 from model.training.loop import Average, Clock, Leg, learning_rate, load_shards, read_record, save_shards
-from model.training.net import FlowNet, bundle_net, load_net, new_net, restore
+from model.training.net import FlowNet, bundle_net, load_net, new_net
 from model.training.pictures import Folder
 from model.training.plan import Phase, Size, demo_plan, phase_at, plan_of, within
-from model.training.reconstruction import VAETraining, Weights, load_vae, train_vae, vae_loss
-from model.training.reconstruction import restore as restore_vae
+from model.training.reconstruction import VAETraining, Weights, load_vae, restore, train_vae, vae_loss
 from model.training.reservoir import Encoder, Reservoir
 from model.training.samples import SHIFT
 from model.training.scenes import DATA_VERSION, sample_scene
 from model.training.sources import HELD_OUT_SEEDS, Drawings, Frame
 from model.vae import VAE
+from model.work import generate
 
 TINY_VAE = VAEConfig(channels=(8, 8, 8, 8), encoder_blocks=1, groups=4, scale=1.0, shift=0.0)
 TINY_MMDIT = MMDiTConfig(
@@ -307,7 +307,7 @@ def test_the_log_variance_is_drawn_to_the_noise_that_the_decoder_learns() -> Non
 def test_a_vae_run_resumes_from_the_weights_of_another(vae_folder: Path) -> None:
     vae = VAE(TINY_VAE)
     average = Average(vae, 0.999)
-    restore_vae(vae, average, vae_folder)
+    restore(vae, average, vae_folder)
     live, kept = load_shards(vae_folder, "live"), load_shards(vae_folder, "vae")
     assert all(torch.equal(tensor, live[name]) for name, tensor in vae.state_dict().items())
     assert all(torch.equal(tensor, kept[name]) for name, tensor in average.state().items())
@@ -319,7 +319,7 @@ def flow_run(settings: FlowTraining) -> Run:
     net = first_net(settings)
     average = Average(net, settings.average)
     if settings.resume:
-        restore(average, settings.resume)
+        average.restore(settings.resume, "flow")
     encoder = Encoder(settings.source, load_vae(settings.vae, CPU), leg)
     return Run(settings, net, average, encoder, leg)
 
@@ -392,8 +392,8 @@ def test_the_bundle_loads_as_any_model_and_stays_within_its_limits(
     assert size < LIMIT_BYTES
     assert all(path.stat().st_size <= FILE_BYTES for path in bundle.rglob("*.safetensors"))
     parts = load_components(bundle, CPU, torch.float32)
-    assert parts.mmdit_config == DEMO_MMDIT
-    assert (parts.vae_config.scale, parts.vae_config.shift, parts.shift) == (2.0, 0.1, SHIFT)
+    assert parts.mmdit.config == DEMO_MMDIT
+    assert (parts.vae.config.scale, parts.vae.config.shift, parts.shift) == (2.0, 0.1, SHIFT)
     told = json.loads((bundle / "darkroom.json").read_text())
     assert told["t5_length"] == T5_LENGTH
     pipeline = Pipeline(parts.mmdit, parts.vae, parts.text, shift=parts.shift, t5_length=told["t5_length"])
@@ -460,7 +460,7 @@ def test_the_demos_weights_are_trained_further_on_a_users_pictures(photos: Path,
     assert main(["flow", *start, "--out", str(flow), "--minutes", "0.15", *TOY]) == 0
     assert main(["export", "--flow", str(flow), "--out", str(bundle)]) == 0
     before, after = (load_components(folder, CPU, torch.float32) for folder in (demo, bundle))
-    assert after.mmdit_config == before.mmdit_config
+    assert after.mmdit.config == before.mmdit.config
     assert torch.equal(after.vae.decoder.conv_in.weight, before.vae.decoder.conv_in.weight)
     weight = "joint_blocks.0.x_block.attn.qkv.weight"
     moved = (after.mmdit.get_parameter(weight) - before.mmdit.get_parameter(weight)).abs().max()

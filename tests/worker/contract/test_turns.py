@@ -163,7 +163,7 @@ async def test_owner_beyond_its_share_is_told_to_come_when_a_job_of_its_own_woul
     queue = JobQueue.connect(settings.model_copy(update={"queue_bound": 12}))
     await fill_up(queue, make_job, "a")
     await fill_up(queue, make_job, "b")
-    make_intake("w1").renew(["demo"], {"demo": make_job().work})  # a job a second
+    make_intake("w1").renew(["demo"], {"demo": make_job().pixel_steps / 1e6})  # a job a second
     told = {}
     for owner in "ab":
         with pytest.raises(QueueFull) as refused:

@@ -62,11 +62,11 @@ from importlib.resources import files
 
 from rq.defaults import RQ_KEY_PREFIX
 
-from worker.contract.job import Failure, Result
+from worker.contract.job import DEADLINE_EXCEEDED, Failure, Result
 from worker.contract.record import encode
 
-LATE_QUEUED = Failure(code="deadline_exceeded", message="the deadline passed before a worker could start the job")
-LATE_STARTED = Failure(code="deadline_exceeded", message="the deadline passed before the job was done")
+LATE_QUEUED = Failure(code=DEADLINE_EXCEEDED, message="the deadline passed before a worker could start the job")
+LATE_STARTED = Failure(code=DEADLINE_EXCEEDED, message="the deadline passed before the job was done")
 WORKER_LOST = Failure(
     code="worker_lost", message="the worker's process died each time that it ran this job with nothing beside it"
 )

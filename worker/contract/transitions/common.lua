@@ -13,6 +13,7 @@ local MANY_OWNERS = 32
 local LEFTOVERS_S = 600  -- what an execution stored that came to nothing is deleted after so long
 local USAGE_S = 91 * 86400
 local ROOM, ROOM_KEPT_S = 0.75, 3600  -- beyond this share of Redis' memory records go early, but none that is so young
+local CARDS = 'darkroom:cards'  -- model -> its card as JSON, until an operator forgets it
 local DEADLINES = 'darkroom:deadlines'  -- id of every job not yet ended, scored by its deadline
 local LEASES = 'darkroom:leases'  -- every worker that may hold jobs, scored by the end of its lease
 local PAUSED = 'darkroom:paused'  -- models that no worker may claim for

@@ -12,7 +12,7 @@ for _, priority in ipairs(PRIORITIES) do
   jobs = jobs + redis.call('LLEN', list_key(queue)) + redis.call('ZCARD', RQ .. 'wip:' .. queue)
 end
 if workers + jobs == 0 then
-  redis.call('HDEL', 'darkroom:cards', model)
+  redis.call('HDEL', CARDS, model)
   redis.call('HDEL', SPEED, model)
   redis.call('SREM', PAUSED, model)
   redis.call('SREM', DRAINING, model)

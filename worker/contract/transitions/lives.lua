@@ -169,13 +169,18 @@ local function still_held(pairs_)
   return ids
 end
 
-local function forget_worker(worker)
-  redis.call('ZREM', LEASES, worker)
-  redis.call('DEL', held_key(worker), lost_key(worker))
+-- Which models a worker holds, and how fast they are.
+local function forget_models_of(worker)
   for _, member in ipairs(redis.call('ZRANGE', WORKERS, 0, -1)) do
     if cjson.decode(member)[2] == worker then redis.call('ZREM', WORKERS, member) end
   end
   redis.call('DEL', speeds_key(worker))
+end
+
+local function forget_worker(worker)
+  redis.call('ZREM', LEASES, worker)
+  redis.call('DEL', held_key(worker), lost_key(worker))
+  forget_models_of(worker)
 end
 
 -- Counts that a worker died of a job; true if that was once too often, and the job failed. It may wait or run again by now.

@@ -7,10 +7,7 @@ local worker, models = ARGV[1], tonumber(ARGV[2])
 redis.call('ZADD', LEASES, decimal(NOW + LEASE_S), worker)
 redis.call('DEL', lost_key(worker))  -- it did not die of that one
 redis.call('ZREMRANGEBYSCORE', WORKERS, '-inf', decimal(NOW - 60))
-for _, member in ipairs(redis.call('ZRANGE', WORKERS, 0, -1)) do
-  if cjson.decode(member)[2] == worker then redis.call('ZREM', WORKERS, member) end
-end
-redis.call('DEL', speeds_key(worker))
+forget_models_of(worker)
 for n = 3, 1 + 2 * models, 2 do
   local model, speed = ARGV[n], ARGV[n + 1]
   redis.call('ZADD', WORKERS, decimal(NOW), cjson.encode({model, worker}))

@@ -3,7 +3,6 @@
 -- How many suspects wait, and since when the oldest job does, is told of the first HEAD jobs of each queue: where those are
 -- that were put back.
 local HEAD = 1000
-local CARDS = 'darkroom:cards'
 local lifetime = tonumber(ARGV[1])
 
 local function known_models()

@@ -17,7 +17,7 @@ local function oldest(queue)
   return first
 end
 
-for _, model in ipairs(redis.call('HKEYS', 'darkroom:cards')) do
+for _, model in ipairs(redis.call('HKEYS', CARDS)) do
   for _, priority in ipairs(PRIORITIES) do
     local queue = queue_of(model, priority)
     load.queues[#load.queues + 1] = {model, priority, redis.call('LLEN', list_key(queue)), oldest(queue)}
