@@ -10,6 +10,7 @@ import redis.asyncio
 from limits import RateLimitItem, parse
 from limits.aio.storage import RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
+from redis.exceptions import OutOfMemoryError
 
 from app.errors import RateLimited
 from worker.contract.link import reaching_redis
@@ -64,7 +65,10 @@ class RateLimits:
         if item is None:
             item = self._items[rate] = parse(rate)
         with reaching_redis():
-            fits = await self._windows.hit(item, owner)
+            try:
+                fits = await self._windows.hit(item, owner)
+            except OutOfMemoryError:  # nothing can be counted: better that than to answer nobody
+                return RateLimit(rate, item.amount, item.get_expiry(), item.amount, 0)
             reset_at, remaining = await self._windows.get_window_stats(item, owner)
         reset_s = max(0, math.ceil(reset_at - time.time()))
         return RateLimit(rate, item.amount, item.get_expiry(), remaining if fits else 0, reset_s, exceeded=not fits)

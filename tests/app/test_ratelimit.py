@@ -72,6 +72,16 @@ async def test_what_is_counted_goes_by_itself(redis_url: str) -> None:
     await client.aclose()
 
 
+async def test_whoever_asks_passes_while_a_full_redis_counts_nothing(own_valkey: Valkey) -> None:
+    client = redis.asyncio.Redis.from_url(own_valkey.url)
+    rates = RateLimits(client)
+    await client.config_set("maxmemory", 1)
+    assert not (await rates.spend("me", "3/minute")).exceeded
+    await client.config_set("maxmemory", 0)
+    assert (await rates.spend("me", "3/minute")).remaining == 2
+    await client.aclose()
+
+
 async def test_a_rate_cannot_be_counted_without_redis(own_valkey: Valkey) -> None:
     client = redis.asyncio.Redis.from_url(own_valkey.url)
     rates = RateLimits(client)

@@ -197,11 +197,15 @@ class JobQueue:
         """An owner's jobs, newest first, at most `limit`; those older than the job `before`, which may be gone."""
         if limit < 1 or (before is not None and not SAFE_ID.fullmatch(before)):
             return []
-        views = []
-        for record in await self._run("page", owner, limit, before or ""):
-            with suppress(SchemaUnknown):  # of a newer Darkroom, for its gateways to show
-                views.append(read_view(record))
-        return views
+        views: list[JobView] = []
+        top = (before or "").encode()
+        while True:
+            records, top = await self._run("page", owner, limit - len(views), top)
+            for record in records:
+                with suppress(SchemaUnknown):  # of a newer Darkroom, for its gateways to show
+                    views.append(read_view(record))
+            if not top or len(views) >= limit:
+                return views
 
     async def forget(self, job_id: str) -> bool:
         """Forgets a job, after ending it if need be; False if there is none. The caller deletes its pictures."""

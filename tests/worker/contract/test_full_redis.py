@@ -187,3 +187,12 @@ async def test_previews_are_asked_for_and_jobs_are_left_to_be_adopted(queue, int
 async def test_gateway_has_the_secret(queue, fill):
     fill()
     assert await queue.secret() == await queue.secret()
+
+
+async def test_new_job_is_refused_also_where_another_is_late(queue, make_job, fill, client):
+    late = make_job(deadline=1.0)
+    await queue.submit(late)
+    fill()
+    with pytest.raises(QueueUnavailable):
+        await queue.submit(make_job())
+    assert len(client.keys("rq:job:*")) == 1

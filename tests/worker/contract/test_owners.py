@@ -229,3 +229,23 @@ async def test_secret_is_made_once_for_all_processes(queue, settings):
     first = await queue.secret()
     assert (len(first), await other.secret()) == (32, first)
     await other.close()
+
+
+async def test_page_asks_in_short_scripts_where_many_are_gone(queue, make_job, client):
+    first, last = make_job(id=f"gen_{0:031x}"), make_job(id=f"gen_{9999:031x}")
+    await submit_all(queue, first, last)
+    client.zadd("darkroom:owner:", {f"gen_{n:031x}": 0 for n in range(1, 5001)})
+    client.config_resetstat()
+    assert [view.job.id for view in await queue.page("", limit=2)] == [last.id, first.id]
+    assert client.info("commandstats")["cmdstat_evalsha"]["calls"] == 3
+    assert client.zcard("darkroom:owner:") == 2
+
+
+async def test_owner_s_list_lives_as_long_as_the_longest_of_its_records(queue, settings, make_job, client):
+    await queue.submit(kept := make_job())
+    await queue.cancel(kept.id)
+    brief = JobQueue.connect(settings.model_copy(update={"record_lifetime_s": 60}))
+    await brief.submit(job := make_job())
+    await brief.cancel(job.id)
+    await brief.close()
+    assert client.ttl("darkroom:owner:") > client.ttl(f"rq:job:{kept.id}") > 60

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from base64 import b64decode
@@ -242,10 +243,24 @@ async def test_ended_job_leaves_only_keys_that_expire(queue, intake, make_job, c
         b"darkroom:leases",
         b"darkroom:owner:",
         b"darkroom:pictures",
+        b"darkroom:records",
         *client.keys("darkroom:usage:*"),
     }
-    assert 0 < client.ttl("darkroom:owner:") <= LIFETIME_S
+    assert LIFETIME_S < client.ttl("darkroom:owner:") < LIFETIME_S + 2 * 86_400
     assert all(client.ttl(key) > 0 for key in client.keys("darkroom:usage:*"))
+
+
+async def test_records_and_registries_of_a_model_that_ends_no_more_jobs_are_let_go_of(queue, make_job, client):
+    jobs = [make_job() for _ in range(3)]
+    for job in jobs:
+        await queue.submit(job)
+        await queue.cancel(job.id)
+    for job in jobs[:2]:
+        client.delete(f"rq:job:{job.id}")
+        client.zadd("darkroom:records", {f"{job.queue} {job.id}": 1})
+    await queue.reap()
+    assert client.zrange("darkroom:records", 0, -1) == [f"{jobs[2].queue} {jobs[2].id}".encode()]
+    assert client.zrange(f"rq:canceled:{jobs[0].queue}", 0, -1) == [jobs[2].id.encode()]
 
 
 async def test_registries_forget_jobs_whose_records_are_gone(queue, make_job, client):
@@ -299,3 +314,28 @@ async def test_job_put_back_with_tools_of_rq_runs_again_with_no_past(queue, inta
     assert not intake.commit(claim, "succeeded", Result(warnings=("stale",)))
     assert intake.commit(again, "succeeded", Result())
     assert (await queue.view(job.id)).result == Result()
+
+
+async def test_deadline_that_is_looked_at_too_soon_is_not_lost(queue, make_job, client):
+    job = make_job()
+    await queue.submit(job)
+    client.zadd("darkroom:deadlines", {job.id: 1.0})  # as of an earlier life, or rounded down
+    await queue.reap()
+    assert client.hget(f"rq:job:{job.id}", "status") == b"queued"
+    assert client.zscore("darkroom:deadlines", job.id) == pytest.approx(job.deadline, abs=1e-5)
+    meta = json.loads(client.hget(f"rq:job:{job.id}", "meta"))
+    client.hset(f"rq:job:{job.id}", "meta", json.dumps(meta | {"deadline": 1.0}))
+    client.zadd("darkroom:deadlines", {job.id: 1.0})
+    await queue.reap()
+    assert client.hget(f"rq:job:{job.id}", "status") == b"failed"
+
+
+async def test_job_that_a_tool_of_rq_s_moved_leaves_nothing_with_its_first_queue(queue, intake, make_job, client):
+    job = make_job()
+    await queue.submit(job)
+    moved = RQJob.fetch(job.id, connection=client, serializer=JSONSerializer)
+    RQQueue("darkroom.demo.normal", connection=client, serializer=JSONSerializer).remove(moved)
+    RQQueue("darkroom.demo.high", connection=client, serializer=JSONSerializer).enqueue_job(moved)
+    (claim,) = intake.claim(["demo"], 1)
+    assert intake.commit(claim, "succeeded", Result())
+    assert client.keys("rq:wip:*") == []

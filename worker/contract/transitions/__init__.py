@@ -38,6 +38,7 @@ darkroom:orphans:<request>  list    ids of jobs whose client went away: whoever 
 darkroom:untold:<id>:<e>    string  JSON of owner and model of a job that others ended while execution e ran, until that
                                     tells what it took of the GPU, or for an hour
 darkroom:ended              hash    JSON of [model, outcome, code of a failure] -> how many jobs ended so, for good
+darkroom:records            zset    'queue id' of every ended job that has a record -> when it ended
 darkroom:dropped            string  how many records of ended jobs went early, as Redis was nearly full
 darkroom:usage:<day>        hash    JSON of [owner, model, counter] -> number, for 91 days
 
@@ -77,8 +78,10 @@ PARTS = ("common", "events", "turns", "books", "lives")
 FLAGS = "#!lua flags=allow-oom"
 """A full Redis takes no more jobs, but those that it has go on and end. It must be the first line of a script."""
 
-UNFLAGGED = frozenset({"submit", "view", "page", "load", "survey", "status"})
-"""What a full Redis refuses; and what reads, for a Redis that takes no writes would refuse all that has a flag."""
+FIRST_LINES: dict[str, list[str]] = {"submit": ["#!lua"]} | {
+    reader: [] for reader in ("view", "page", "load", "survey", "status")
+}
+"""A full Redis refuses submit as a whole. What reads has none: a Redis that takes no writes would refuse it for one."""
 
 EVEN_IF_FULL = f"{FLAGS}\nreturn redis.call(unpack(ARGV))"
 """One command, for EVAL without keys: what must be said and noted also where Redis is full."""
@@ -91,7 +94,7 @@ def script(name: str) -> str:
     """The Lua source of a transition, complete."""
     folder = files(__package__)
     parts = [_constants(), *((folder / f"{part}.lua").read_text("utf-8") for part in (*PARTS, name))]
-    return "\n".join(parts if name in UNFLAGGED else [FLAGS, *parts])
+    return "\n".join([*FIRST_LINES.get(name, [FLAGS]), *parts])
 
 
 def _constants() -> str:

@@ -61,7 +61,9 @@ local function open_books(id, meta, queue, nth)
   redis.call('ZADD', DEADLINES, decimal(meta.deadline), id)
   redis.call('SADD', active_key(owner), id)
   redis.call('ZADD', owner_key(owner), 0, id)
-  redis.call('PERSIST', owner_key(owner))
+  local lifetime = tonumber(redis.call('HGET', job_key(id), 'result_ttl') or 0)  -- the list outlives all of its jobs
+  local longest = math.max(0, math.ceil(meta.deadline - NOW)) + STARTED_MARGIN_S + lifetime
+  for _, only in ipairs({'NX', 'GT'}) do redis.call('EXPIRE', owner_key(owner), longest, only) end
 end
 
 local function set_lifetime(id, lifetime)
@@ -70,17 +72,13 @@ local function set_lifetime(id, lifetime)
   end
 end
 
--- lifetime: of the job's record; 0 if that is not known, or there is none any more.
-local function close_books(id, lifetime)
+local function close_books(id)
   local entry = entry_of(id)
   if not entry then return end
   move(id, nil)
   redis.call('HDEL', OPEN, id)
   redis.call('ZREM', DEADLINES, id)
   redis.call('SREM', active_key(entry.owner), id)
-  if lifetime > 0 and redis.call('EXISTS', active_key(entry.owner)) == 0 then
-    redis.call('EXPIRE', owner_key(entry.owner), lifetime)
-  end
 end
 
 -- Crosses out a job that a tool of RQ's took out of our hands. One that it ended gets a lifetime, for RQ gives it none; of one
@@ -89,7 +87,7 @@ local function cross_out(id)
   local f, entry = redis.call('HMGET', job_key(id), 'status', 'result_ttl'), entry_of(id)
   if f[1] == 'queued' or f[1] == 'started' then return move(id, nil) end
   if f[2] then set_lifetime(id, tonumber(f[2])) end
-  close_books(id, tonumber(f[2] or 0))
+  close_books(id)
   if redis.call('EXISTS', job_key(id)) == 1 then return end
   redis.call('DEL', RQ .. 'results:' .. id, events_key(id))
   if entry then redis.call('ZREM', owner_key(entry.owner), id) end
@@ -102,7 +100,7 @@ local function line_up_listed(id, queue, nth)
     return
   end
   local entry = entry_of(id)
-  if entry and (entry.queue ~= queue or entry.where == 'run') then close_books(id, 0) end
+  if entry and (entry.queue ~= queue or entry.where == 'run') then close_books(id) end
   open_books(id, meta_of(id) or {}, queue, nth)
   move(id, 'line')
 end
@@ -171,7 +169,7 @@ end
 
 -- Lets an owner's list go of the oldest jobs, as their records expire: more of them than come in.
 local function forget_gone(owner)
-  for _, id in ipairs(redis.call('ZRANGE', owner_key(owner), 0, 3)) do
+  for _, id in ipairs(redis.call('ZRANGE', owner_key(owner), 0, 99)) do
     if redis.call('EXISTS', job_key(id)) == 1 then return end
     redis.call('ZREM', owner_key(owner), id)
   end

@@ -54,9 +54,9 @@ end
 
 local function start(id, meta, group)
   taken = taken + 1
-  local execution, queue = ARGV[6 + models + taken], queue_of(meta.model, meta.priority)
+  local execution, queue = ARGV[6 + models + taken], redis.call('HGET', job_key(id), 'origin')
   local key, pair, at = job_key(id), id .. ':' .. execution, iso_now()
-  redis.call('LREM', list_key(redis.call('HGET', key, 'origin')), 1, id)
+  redis.call('LREM', list_key(queue), 1, id)
   local ttl = math.max(0, math.ceil(tonumber(meta.deadline) - NOW)) + STARTED_MARGIN_S
   local ours = RQ .. 'worker:' .. worker .. ':executions'
   redis.call('HSET', RQ .. 'execution:' .. pair, 'id', execution, 'job_id', id, 'created_at', decimal(NOW),

@@ -20,6 +20,7 @@ local PAUSED = 'darkroom:paused'  -- models that no worker may claim for
 local DRAINING = 'darkroom:draining'  -- models that nothing new is accepted for
 local WORKERS = 'darkroom:workers'  -- JSON of [model, worker], scored by when it was last heard of
 local OPEN = 'darkroom:open'  -- id of every job not yet ended -> JSON of where it is and what it counts for
+local RECORDS = 'darkroom:records'  -- 'queue id' of every ended job that has a record, scored by when it ended
 local DROPPED = 'darkroom:dropped'  -- how many records went early
 local ENDED = 'darkroom:ended'  -- how many jobs ended how, by model
 local LOAD = 'darkroom:load'  -- how many jobs wait and run, and their pixel-steps
@@ -86,7 +87,8 @@ end
 
 -- Bytes that Redis uses, and those that it may use: 0 where nothing bounds it.
 local function memory_now()
-  local info = redis.call('INFO', 'memory')
+  local info = redis.pcall('INFO', 'memory')
+  if type(info) ~= 'string' then return 0, 0 end  -- a user of Redis may not be allowed to ask
   local function bytes(field) return tonumber(string.match(info, '\n' .. field .. ':(%d+)') or 0) end
-  return bytes('used_memory'), bytes('maxmemory')
+  return bytes('used_memory') - bytes('mem_not_counted_for_evict'), bytes('maxmemory')
 end

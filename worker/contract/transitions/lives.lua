@@ -46,6 +46,14 @@ local function register(id, status, queue, lifetime)
   local canceled = status == 'canceled'  -- scored by RQ with the time itself, the others with their end of life
   redis.call('ZADD', registry, canceled and SECONDS or SECONDS + lifetime, id)
   redis.call('ZREMRANGEBYSCORE', registry, '-inf', canceled and SECONDS - lifetime or SECONDS)
+  redis.call('ZADD', RECORDS, SECONDS, queue .. ' ' .. id)
+end
+
+local function unregister(id, queue)
+  for _, status in ipairs({'finished', 'failed', 'canceled'}) do
+    redis.call('ZREM', RQ .. status .. ':' .. queue, id)
+  end
+  redis.call('ZREM', RECORDS, queue .. ' ' .. id)
 end
 
 local function leave_group(id)
@@ -84,7 +92,7 @@ local function end_job(id, status, ending)
   register(id, status, queue, lifetime)
   local expires_at = status == 'finished' and ending.expires_at or was == 'started' and decimal(NOW + LEFTOVERS_S)
   if expires_at then redis.call('ZADD', PICTURES, expires_at, id) end
-  close_books(id, lifetime)
+  close_books(id)
   note_usage(meta_of(id), status, ending.gpu_ms)
   if execution and not ending.gpu_ms then expect_gpu_ms(id, execution, meta_of(id)) end
   note_end(meta_of(id).model, status, ending.outcome)
@@ -111,12 +119,14 @@ local function end_late(most)
   local ended = 0
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', DEADLINES, '-inf', decimal(NOW), 'LIMIT', 0, most)) do
     local status, meta = redis.call('HGET', job_key(id), 'status'), meta_of(id)
-    if meta and (status == 'queued' or status == 'started') then
-      if end_if_late(id, status, meta) then ended = ended + 1 end
-    else
-      cross_out(id)
-    end
     redis.call('ZREM', DEADLINES, id)
+    if not meta or (status ~= 'queued' and status ~= 'started') then
+      cross_out(id)
+    elseif end_if_late(id, status, meta) then
+      ended = ended + 1
+    else  -- not yet, by less than a microsecond, or in another life
+      redis.call('ZADD', DEADLINES, decimal(meta.deadline + 1e-6), id)
+    end
   end
   return ended
 end
@@ -214,10 +224,8 @@ end
 local function forget(id)
   local f = redis.call('HMGET', job_key(id), 'status', 'origin')
   local meta = meta_of(id)
-  for _, registry in ipairs({'finished', 'failed', 'canceled'}) do
-    redis.call('ZREM', RQ .. registry .. ':' .. f[2], id)
-  end
-  close_books(id, 0)
+  unregister(id, f[2])
+  close_books(id)
   leave_group(id)
   forget_messages(id)
   redis.call('ZADD', PICTURES, 'XX', decimal(NOW + LEFTOVERS_S), id)  -- what a worker may be storing goes too

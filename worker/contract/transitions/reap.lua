@@ -5,38 +5,34 @@
 local REAPED_AT, GRACED_AT = 'darkroom:reaped_at', 'darkroom:graced_at'
 local AT_ONCE = 100
 
--- The ended jobs of all queues, some of each, those first whose time is up first. What expired leaves its registry.
-local function ended_longest()
-  local found = {}
-  for _, list in ipairs(redis.call('SMEMBERS', RQ .. 'queues')) do
-    local queue = string.match(list, '^' .. list_key('(darkroom%..*)$'))
-    for _, status in ipairs(queue and {'finished', 'failed', 'canceled'} or {}) do
-      for _, id in ipairs(redis.call('ZRANGE', RQ .. status .. ':' .. queue, 0, AT_ONCE - 1)) do
-        local ttl = redis.call('TTL', job_key(id))
-        if ttl == -2 then redis.call('ZREM', RQ .. status .. ':' .. queue, id) end
-        if ttl >= 0 and meta_of(id) then found[#found + 1] = {id = id, ttl = ttl} end
-      end
-    end
+-- Takes jobs whose records expired off the list, and off those of RQ, which forget them when others end in the same queue.
+local function forget_expired()
+  for _, record in ipairs(redis.call('ZRANGE', RECORDS, 0, AT_ONCE - 1)) do
+    local queue, id = string.match(record, '^(.*) (.*)$')
+    if redis.call('EXISTS', job_key(id)) == 1 then return end
+    unregister(id, queue)
   end
-  table.sort(found, function(a, b) return a.ttl < b.ttl or (a.ttl == b.ttl and a.id < b.id) end)
-  return found
 end
 
--- Forgets some ended jobs while Redis is nearly full, so that it does not refuse new ones. Those stay that ended only now, and
--- those of which a webhook is yet to be told.
+-- Forgets those that ended first while Redis is nearly full, so that it does not refuse new ones; but none that ended only
+-- now. One of which a webhook is yet to be told is looked at again as if it ended now.
 local function make_room()
   local used, most = memory_now()
   if most == 0 or used < ROOM * most then return end
   local dropped = 0
-  for _, job in ipairs(ended_longest()) do
-    local lifetime = tonumber(redis.call('HGET', job_key(job.id), 'result_ttl') or 0)
-    if lifetime - job.ttl >= ROOM_KEPT_S and not redis.call('ZSCORE', OUTBOX, job.id .. ':completed') then
-      forget(job.id)
+  for _, record in ipairs(redis.call('ZRANGEBYSCORE', RECORDS, '-inf', SECONDS - ROOM_KEPT_S, 'LIMIT', 0, AT_ONCE)) do
+    local queue, id = string.match(record, '^(.*) (.*)$')
+    local status = meta_of(id) and redis.call('HGET', job_key(id), 'status')
+    if not status or status == 'queued' or status == 'started' then  -- a tool of RQ's took it
+      redis.call('ZREM', RECORDS, record)
+    elseif redis.call('ZSCORE', OUTBOX, id .. ':completed') then
+      redis.call('ZADD', RECORDS, SECONDS, record)
+    else
+      forget(id)
       dropped = dropped + 1
-      if dropped == AT_ONCE then break end
     end
   end
-  redis.call('INCRBY', DROPPED, dropped)
+  if dropped > 0 then redis.call('INCRBY', DROPPED, dropped) end
 end
 
 local late, taken = end_late(tonumber(ARGV[1])), 0
@@ -54,5 +50,6 @@ end
 for _, entry in ipairs(redis.call('ZRANGEBYSCORE', OUTBOX, '-inf', decimal(NOW - 86400), 'LIMIT', 0, 100)) do
   take_out(entry)
 end
+forget_expired()
 make_room()
 return {late, taken}

@@ -12,8 +12,7 @@ if status ~= 'failed' and status ~= 'canceled' and status ~= 'stopped' then retu
 local refused = refusal(meta.model, meta.priority, meta.owner or '', bound)
 if refused then return refused end
 forget_executions(id, queue, worker)  -- a tool of RQ's that ends a job leaves them
-redis.call('ZREM', RQ .. 'failed:' .. queue, id)
-redis.call('ZREM', RQ .. 'canceled:' .. queue, id)
+unregister(id, queue)
 leave_group(id)
 forget_messages(id)
 redis.call('DEL', key)
