@@ -91,8 +91,8 @@ class Doorkeeper:
     def _caller(self, key: ApiKey) -> Caller:
         scopes = ALL_SCOPES if "admin" in key.scopes else ALL_SCOPES & frozenset(key.scopes)
         rate = key.rate or self._settings.key_rate
-        max_active = key.max_active or self._settings.key_max_active
-        return Caller(key.id, key.name, scopes, max_active, None if rate == UNLIMITED else rate)
+        max_active = self._settings.key_max_active if key.max_active is None else key.max_active
+        return Caller(key.id, key.name, scopes, max_active or None, None if rate == UNLIMITED else rate)
 
     async def close(self) -> None:
         """Closes all connections."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from contextlib import ExitStack, closing
@@ -17,10 +18,11 @@ from app.client import Client, Refused, Unreachable
 from app.generate import Canceled, GenerateFailed, GenerateRequest, generate_pictures
 from app.keys import key_commands
 from app.operator import queue_commands
-from app.stack import COMMANDS, Stack, StackFailed, StackSettings
+from app.stack import COMMANDS, Stack, StackFailed, StackSettings, listen_refusal
 from app.terminal import INTERRUPTED, fail, interruptible, read_settings, say
 from worker.contract.errors import CannotStart
 from worker.contract.keys import parse_key
+from worker.contract.variables import unread
 
 cli = typer.Typer(
     name="darkroom",
@@ -59,13 +61,16 @@ def up(
 ) -> None:
     """Start all on this machine: gateway, worker, sender of webhooks; a Valkey if DARKROOM_REDIS_URL names none."""
     settings = read_settings(StackSettings, host=host, port=port)
+    for told in unread():
+        typer.echo(f"warning: {told}", err=True)
     try:
         with interruptible(), Stack(settings, say, verbose=verbose) as stack:
             model = stack.wait_ready()[0]
             say(f"\nDarkroom is ready at {stack.url} (API: {stack.url}/openapi.json). Ctrl-C stops it. Try:\n")
+            ours = _program(sys.argv[0])
             if settings.keys_on:
-                say("  export DARKROOM_API_KEY=$(darkroom keys add NAME)   # it asks for API keys; this makes one\n")
-            say(f'  darkroom generate "a red circle on a blue background" --url {stack.url}\n')
+                say(f"  export DARKROOM_API_KEY=$({ours} keys add NAME)   # it asks for API keys; this makes one\n")
+            say(f'  {ours} generate "a red circle on a blue background" --url {stack.url}\n')
             say(_curl(stack.url, model, keys_on=settings.keys_on) + "\n")
             try:
                 stack.supervise()
@@ -85,8 +90,11 @@ def gateway(host: Host = None, port: Port = None) -> None:
     from app.main import serve
     from app.settings import GatewaySettings
 
+    settings = read_settings(GatewaySettings, host=host, port=port)
+    if refusal := listen_refusal(settings.host, settings.port):
+        fail(refusal)
     try:
-        serve(read_settings(GatewaySettings, host=host, port=port))
+        serve(settings)
     except CannotStart as error:
         fail(str(error))
 
@@ -112,7 +120,10 @@ def webhooks() -> None:
     _require("gateway", "fastapi", "httpcore")
     from app.webhooks import WebhookSettings, serve
 
-    serve(read_settings(WebhookSettings))
+    try:
+        serve(read_settings(WebhookSettings))
+    except CannotStart as error:
+        fail(str(error))
 
 
 @cli.command()
@@ -158,7 +169,10 @@ def generate(
     except Unreachable as error:
         hint = "" if embedded else "; start a server with `darkroom up`, or name one with --url"
         fail(f"{error}{hint}")
-    except (GenerateFailed, Refused, StackFailed) as error:
+    except Refused as refused:
+        hint = "; give one with --key or DARKROOM_API_KEY" if refused.status == 401 else ""
+        fail(f"{refused}{hint}")
+    except (GenerateFailed, StackFailed) as error:
         fail(str(error))
     except Canceled as canceled:
         typer.echo(str(canceled), err=True)
@@ -306,6 +320,11 @@ def _checked(key: str | None) -> str | None:
     if key and parse_key(key) is None:
         fail("what was given as an API key is none, or not all of it: keys look like dr_<12 digits>_<43 characters>")
     return key or None
+
+
+def _program(started_as: str, path: str | None = None) -> str:
+    """What a shell calls this command by; path: other than PATH."""
+    return "darkroom" if shutil.which("darkroom", path=path) else started_as
 
 
 def _curl(url: str, model: str, *, keys_on: bool) -> str:

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Header, Path, Query, Request
+from fastapi.dependencies.utils import get_flat_params
+from fastapi.exceptions import RequestValidationError
+from fastapi.params import Query as QueryParameter
 from structlog.typing import FilteringBoundLogger
 
 from app.auth import ALL_SCOPES, Caller, Doorkeeper
@@ -98,6 +101,18 @@ async def _json_only(request: Request) -> None:
         raise UnsupportedMediaType(declared)
 
 
+async def _known_query(request: Request) -> None:
+    """Refuses what the route does not read of a query, as the body's unknown fields are."""
+    if not request.query_params:
+        return
+    parameters = get_flat_params(request.scope["route"].dependant)
+    known = [one.alias for one in parameters if isinstance(one.field_info, QueryParameter)]
+    problem = {"type": "extra_forbidden", "ctx": {"allowed": known}}
+    unknown = [(name, value) for name, value in request.query_params.items() if name not in known]
+    if unknown:
+        raise RequestValidationError([problem | {"loc": ("query", name), "input": value} for name, value in unknown])
+
+
 GatewayDep = Annotated[Gateway, Depends(_gateway)]
 SIGNED = Caller("", "signed url", ALL_SCOPES)
 """Whoever holds a url that we signed: the signature says what they may see."""
@@ -112,7 +127,8 @@ async def _caller(request: Request, gateway: GatewayDep) -> Caller:
     return caller
 
 
-CallerDep = Annotated[Caller, Depends(_caller)]
+KnownCaller = Depends(_caller)
+CallerDep = Annotated[Caller, KnownCaller]
 
 
 async def _links(request: Request, gateway: GatewayDep) -> Links:
@@ -157,3 +173,4 @@ IdempotencyKey = Annotated[
 JobId = Annotated[str, Depends(_job_id)]
 WaitSeconds = Annotated[int | None, Depends(_wait_s)]
 JsonOnly = Depends(_json_only)
+KnownQuery = Depends(_known_query)

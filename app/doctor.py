@@ -8,10 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import redis
 from pydantic import Field
@@ -21,10 +21,12 @@ from app.embedded import MIN_VERSION, connect, find_server, parse_version
 from app.finding import Finding, State
 from app.operator import find_redis
 from app.settings import is_loopback
-from app.stack import StackSettings, client_host, listen_error
+from app.stack import MEND_BUCKET, MEND_REDIS, StackSettings, client_host, listen_error
 from worker.contract.errors import CannotStart, QueueUnavailable, StoreUnavailable
 from worker.contract.keys import Keyring
+from worker.contract.settings import UNSET
 from worker.contract.store import FolderStore, open_store
+from worker.contract.variables import unread
 
 ROLES = ("all", "gateway", "worker")
 MIN_PYTHON = (3, 11)
@@ -54,13 +56,13 @@ def run_command(argv: list[str]) -> str | None:
 class DoctorSettings(StackSettings):
     """What `darkroom up` reads, and of the worker's what there is to look at without torch."""
 
-    models: str = Field(default_factory=lambda: ",".join(_bundled()))
+    models: Annotated[str, UNSET] = Field(default_factory=lambda: ",".join(_bundled()))
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
 
 
 def examine(settings: DoctorSettings, role: str, run: Run = run_command, *, key: str | None = None) -> list[Finding]:
     """Everything that a machine of this role needs: all, gateway or worker. key: an API key to try."""
-    findings = [check_python(sys.version_info[:2])]
+    findings = [check_python(sys.version_info[:2]), *check_variables(os.environ)]
     for part, packages in PACKAGES.items():
         if role in ("all", part):
             findings.append(check_packages(part, packages))
@@ -84,6 +86,12 @@ def check_python(found: tuple[int, ...]) -> Finding:
     if found >= MIN_PYTHON:
         return Finding("Python", "ok", _dotted(found))
     return Finding("Python", "wrong", _dotted(found), f"install Python {_dotted(MIN_PYTHON)} or later")
+
+
+def check_variables(env: Mapping[str, str]) -> Iterator[Finding]:
+    """What is set, and read by nothing."""
+    for told in unread(env):
+        yield Finding("settings", "warning", told, "correct it, or unset it")
 
 
 def check_packages(role: str, packages: tuple[str, ...]) -> Finding:
@@ -152,8 +160,7 @@ def check_redis(settings: StackSettings) -> Iterator[Finding]:
         with connect(str(url)) as client:
             info: dict[str, Any] = client.info()
     except redis.RedisError as error:
-        mend = "start it, or correct DARKROOM_REDIS_URL; `darkroom up` without it starts its own"
-        yield Finding("Redis", "wrong", f"{where}: {error}", mend)
+        yield Finding("Redis", "wrong", f"{where}: {error}", MEND_REDIS)
         return
     found = str(info["redis_version"])
     old = parse_version(found) < MIN_VERSION
@@ -200,8 +207,7 @@ def check_bucket(settings: StackSettings) -> Finding:
     except CannotStart as error:
         return Finding(what, "wrong", f"{where}: {error}", "")
     except StoreUnavailable as error:
-        mend = "see that the bucket exists, and set DARKROOM_S3_ENDPOINT and the key right"
-        return Finding(what, "wrong", f"{where}: {error}; {error.__cause__}", mend)
+        return Finding(what, "wrong", f"{where}: {error}; {error.__cause__}", MEND_BUCKET)
     return Finding(what, "ok", f"{where} answers", "")
 
 

@@ -5,6 +5,7 @@ DarkroomError (worker/contract/errors.py)
 ├── BrokenJson              a body that is not JSON
 ├── BrokenForm              a body that is not the form it says it is
 ├── UnsupportedMediaType    a body that does not say it is what the route takes
+├── EncodedBody             a body that is compressed
 ├── BodyTooLarge            a body over the limit
 ├── BodyTooSlow             a body that did not arrive in time
 ├── TooManyLargeBodies      a large body, while as many as fit are being read
@@ -88,6 +89,15 @@ class UnsupportedMediaType(DarkroomError):
     def __init__(self, found: str | None, allowed: str = "application/json") -> None:
         said = f"content-type is {Shown(found)!r}" if found else "the request has no content-type"
         super().__init__(f"{said}; allowed: {allowed}")
+
+
+class EncodedBody(DarkroomError):
+    """The body is compressed."""
+
+    code = "unsupported_media_type"
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(f"content-encoding is {Shown(encoding)!r}; allowed: none; send the body as it is")
 
 
 class BodyTooLarge(DarkroomError):

@@ -160,7 +160,7 @@ REFUSALS: dict[int, tuple[str, str, str, str | None]] = {
     ),
     413: ("The body is too large.", "body_too_large", "the body is larger than the 65536 bytes allowed", None),
     415: (
-        "The body is not declared as JSON.",
+        "The body is not declared as JSON, or it is compressed.",
         "unsupported_media_type",
         'content-type is "text/plain"; allowed: application/json',
         None,

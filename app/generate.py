@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -48,8 +50,9 @@ def generate_pictures(client: Client, request: GenerateRequest) -> list[Path]:
     Of several models, one after the other; the first one's picture has the name that was asked for, the others' names
     have their model's added: demo.png, demo-turbo.png.
     """
-    _require_folder(request.output)  # before any work is done
+    _require_output(request.output)  # before any work is done
     _format_of(request)
+    _require_finite("--guidance", request.options.get("guidance_scale", 0.0))
     first, *others = _models(client, request)
     paths = _generate(client, request, first)
     for model in others:
@@ -160,7 +163,8 @@ def _save(client: Client, generation: Generation, n: int, output: Path | None) -
     try:
         path.write_bytes(client.picture(generation["id"], n))
     except OSError as error:
-        raise GenerateFailed(f"the picture could not be saved to {path}: {error.strerror}") from None
+        why = f"the picture could not be saved to {path}: {error.strerror}"
+        raise GenerateFailed(f"{why}; it is kept at {image['url']}") from None
     return path
 
 
@@ -175,9 +179,24 @@ def _tell(generation: Generation, paths: list[Path]) -> None:
     sys.stdout.flush()
 
 
-def _require_folder(output: Path | None) -> None:
-    if output and not output.is_dir() and not output.parent.is_dir():
-        raise GenerateFailed(f"--output is {str(output)!r}: there is no folder {str(output.parent)!r}")
+def _require_output(output: Path | None) -> None:
+    """Refuses what no picture can be written to."""
+    path = output or Path()
+    try:
+        path.stat()
+    except FileNotFoundError:
+        path = path.parent
+        if not path.is_dir():
+            raise GenerateFailed(f"--output is {str(output)!r}: there is no folder {str(path)!r}") from None
+    except OSError as error:
+        raise GenerateFailed(f"--output is {str(output)!r} ({error.strerror}): name another file or folder") from None
+    if not os.access(path, os.W_OK):
+        raise GenerateFailed(f"{path.absolute()} cannot be written to: name another file or folder with --output")
+
+
+def _require_finite(option: str, number: float) -> None:
+    if not math.isfinite(number):
+        raise GenerateFailed(f"{option} is {number}; allowed: a finite number")
 
 
 def _format_of(request: GenerateRequest) -> str | None:

@@ -1,10 +1,11 @@
-"""`darkroom keys`: makes, lists and revokes API keys, and tells what each has used; on Redis itself."""
+"""`darkroom keys`: makes, lists, limits and revokes API keys, and tells what each has used; on Redis itself."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,17 +23,20 @@ from app.operator import find_redis, no_answer
 from app.stack import StackSettings
 from app.terminal import fail, read_settings, say
 from worker.contract.errors import InvalidField, QueueUnavailable
-from worker.contract.keys import SCOPES, USUAL_SCOPES, ApiKey, Keyring, new_key, parse_key
+from worker.contract.keys import SCOPES, UNLIMITED, USUAL_SCOPES, ApiKey, Keyring, new_key, parse_key
 from worker.contract.queue import JobQueue
 from worker.contract.settings import ContractSettings
 from worker.contract.usage import USAGE_DAYS, Usage
 
 POLL_S = 0.5
+MAX_ACTIVE = re.compile(r"[1-9][0-9]{0,5}")
 WIDTH = 160  # of what is no terminal: nothing shall be folded
+DEFAULT = "default"  # of the server, DARKROOM_KEY_RATE and DARKROOM_KEY_MAX_ACTIVE
 NUMBERS = ("jobs", "pictures", "megapixel_steps", "gpu_seconds")
 
 key_commands = typer.Typer(help="Make and revoke API keys, and see what they used. Works on Redis itself.")
 
+Which = Annotated[str, typer.Argument(metavar="ID|NAME", help="The key, as list shows it.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="What the key is called: who or what has it.")]
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
@@ -48,7 +52,8 @@ def add(
         str | None, typer.Option(help="Requests, such as 120/minute, or none.  [default: DARKROOM_KEY_RATE]")
     ] = None,
     max_active: Annotated[
-        int | None, typer.Option(help="Jobs that may wait and run at once.  [default: DARKROOM_KEY_MAX_ACTIVE]")
+        str | None,
+        typer.Option(help="Jobs that may wait and run at once, or none.  [default: DARKROOM_KEY_MAX_ACTIVE]"),
     ] = None,
     if_none: Annotated[bool, typer.Option("--if-none", help="Make it only where there is no key yet.")] = False,
     write: Annotated[
@@ -61,7 +66,7 @@ def add(
     """Make a key and print it: this once, for only its hash is kept."""
     with _keyring("add") as (keyring, _):
         try:
-            key, text = new_key(name, scopes=tuple(scope or USUAL_SCOPES), rate=rate, max_active=max_active)
+            key, text = new_key(name, scopes=tuple(scope or USUAL_SCOPES), **_limits(rate, max_active))
             live = {key.id for key in _known(keyring, wait_s) if key.revoked_at is None}
             if if_none and live:
                 typer.echo("there is a key already; none was made", err=True)
@@ -89,19 +94,48 @@ def list_keys(as_json: Json = False) -> None:
         return
     table = _table("id", "name", "may", "rate", "jobs at once", "made", "last used", "")
     for key in keys:
-        limits = (key.rate or "default", str(key.max_active or "default"))
         state = f"revoked {_day(key.revoked_at)}" if key.revoked_at else ""
-        table.add_row(key.id, key.name, ", ".join(key.scopes), *limits, _day(key.created_at), _used(key, used), state)
+        table.add_row(
+            key.id, key.name, ", ".join(key.scopes), *_shown(key), _day(key.created_at), _used(key, used), state
+        )
     _print(table)
 
 
 @key_commands.command()
-def revoke(which: Annotated[str, typer.Argument(metavar="ID|NAME", help="The key, as list shows it.")]) -> None:
+def limit(
+    which: Which,
+    rate: Annotated[
+        str | None, typer.Option(help="Requests, such as 120/minute; none; or default: DARKROOM_KEY_RATE.")
+    ] = None,
+    max_active: Annotated[
+        str | None, typer.Option(help="Jobs that may wait and run at once; none; or default: DARKROOM_KEY_MAX_ACTIVE.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Change the limits of a key that is in use; what is not said stays. Jobs that are there already go on."""
+    if rate is None and max_active is None:
+        fail("nothing to change; say --rate, --max-active or both")
+    with _keyring("limit") as (keyring, _):
+        try:
+            key = keyring.limit(which, **_limits(rate, max_active))
+        except InvalidField as error:
+            fail(str(error))
+    if key is None:
+        fail(_no_key(which))
+    if as_json:
+        typer.echo(json.dumps(_public(key), indent=2))
+        return
+    rate, max_active = _shown(key)
+    say(f"{key.id} of {key.name}: rate {rate}, jobs at once {max_active}; every gateway knows within a second")
+
+
+@key_commands.command()
+def revoke(which: Which) -> None:
     """Refuse a key from now on, for good. Jobs that were asked for with it go on."""
     with _keyring("revoke") as (keyring, _):
         key = keyring.revoke(which)
     if key is None:
-        fail(f"no key that is in use has the id or name {which!r}; darkroom keys list shows all")
+        fail(_no_key(which))
     say(f"revoked: {key.id} of {key.name}; every gateway refuses it within a second")
 
 
@@ -198,6 +232,27 @@ def _write_secret(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     fresh.replace(path)
+
+
+def _limits(rate: str | None, max_active: str | None) -> dict[str, Any]:
+    """Those limits that were said, as a key has them. InvalidField."""
+    limits: dict[str, Any] = {}
+    if rate is not None:
+        limits["rate"] = None if rate == DEFAULT else rate
+    if max_active is not None:
+        if max_active not in (DEFAULT, UNLIMITED) and not MAX_ACTIVE.fullmatch(max_active):
+            raise InvalidField("max-active", max_active, "1 to 999999; none; default")
+        limits["max_active"] = None if max_active == DEFAULT else 0 if max_active == UNLIMITED else int(max_active)
+    return limits
+
+
+def _shown(key: ApiKey) -> tuple[str, str]:
+    """Its rate and its jobs at once, in the words in which they are set."""
+    return key.rate or DEFAULT, DEFAULT if key.max_active is None else str(key.max_active or UNLIMITED)
+
+
+def _no_key(which: str) -> str:
+    return f"no key that is in use has the id or name {which!r}; darkroom keys list shows all"
 
 
 def _public(key: ApiKey) -> dict[str, Any]:

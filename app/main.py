@@ -28,7 +28,7 @@ from app.logs import make_log, uvicorn_log_config
 from app.metrics import Metrics
 from app.middleware import BodyLimit, LastResort, RequestContext
 from app.pages import PageGuard
-from app.routes import events, generations, health, images, models, playground
+from app.routes import events, generations, health, images, models, playground, webhooks
 from app.schemas import ANY_REFUSAL, DESCRIPTION, TAGS
 from app.settings import GatewaySettings
 from app.signing import Signing
@@ -39,6 +39,7 @@ from worker.contract.errors import DarkroomError
 from worker.contract.queue import JobQueue
 from worker.contract.store import PictureStore, open_store
 from worker.contract.telemetry import Traces
+from worker.contract.variables import unread
 
 DIALECTS = (stability, replicate, openai, deepinfra, huggingface)
 """The vendors' contracts; each has `router`, `PREFIXES` of its paths, and `render` for refusals there."""
@@ -111,7 +112,7 @@ def _add_routes(app: FastAPI, settings: GatewaySettings) -> None:
     """Ours and the vendors', and how refusals read on each's paths."""
     app.state.shapes = {"": refusals.native}
     key = [Security(KEY_SCHEME)] if settings.keys_on else []  # tells the OpenAPI; each route asks by its CallerDep
-    for router in (generations.router, images.router, events.router, models.router):
+    for router in (generations.router, images.router, events.router, models.router, webhooks.router):
         app.include_router(router, dependencies=key)
     for router in (health.router, playground.router):
         app.include_router(router)
@@ -150,6 +151,8 @@ def _add_middleware(app: FastAPI, gateway: Gateway) -> None:
 def serve(settings: GatewaySettings) -> None:
     """Serves until SIGTERM or SIGINT: then not ready, held answers given, `drain_s` later closed."""
     app = create_app(settings)
+    for told in unread():
+        app.state.gateway.log.warning("variable_unread", told=told)
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -227,7 +230,8 @@ async def _every(seconds: float, work: Callable[[Gateway], Awaitable[None]], gat
         try:
             await work(gateway)
         except DarkroomError as error:
-            gateway.log.warning("chore_failed", chore=work.__name__, error=str(error))
+            cause = {"cause": refusals.cause_of(error)} if error.__cause__ else {}
+            gateway.log.warning("chore_failed", chore=work.__name__, error=str(error), **cause)
         except Exception:
             gateway.log.exception("chore_failed", chore=work.__name__)
         with suppress(TimeoutError):

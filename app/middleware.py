@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.typing import FilteringBoundLogger
 
-from app.errors import BodyTooLarge, BodyTooSlow, TooManyLargeBodies
+from app.errors import BodyTooLarge, BodyTooSlow, EncodedBody, TooManyLargeBodies
 from app.metrics import Metrics
 from app.refusals import internal_error, refusal
 from worker.contract.errors import DarkroomError
@@ -143,7 +143,7 @@ class BodyLimit:
             self._large -= len(body) > self._max_bytes
 
     async def _receive(self, body: bytearray, headers: Headers, receive: Receive) -> bool:
-        """Reads into `body`, unless it is refused for its size or its time; False if the client went away."""
+        """Reads into `body`, unless it is refused for its size, time or encoding; False if the client went away."""
         form = headers.get("content-type", "").lower().startswith("multipart/")
         most = self._max_multipart_bytes if form else self._max_bytes
         if _announced_too_large(headers, most):
@@ -155,6 +155,9 @@ class BodyLimit:
             raise BodyTooLarge(most) if len(body) > most else BodyTooSlow(self._timeout_s) from None
         if whole and len(body) > most:
             raise BodyTooLarge(most)
+        encoding = headers.get("content-encoding", "").strip()
+        if encoding.lower() not in ("", "identity"):
+            raise EncodedBody(encoding)
         return whole
 
     async def _read(self, receive: Receive, body: bytearray, most: int) -> bool:

@@ -55,6 +55,7 @@ STATUS: dict[type[DarkroomError], int] = {
     errors.PictureLost: 410,
     errors.BodyTooLarge: 413,
     errors.UnsupportedMediaType: 415,
+    errors.EncodedBody: 415,
     contract.IdempotencyKeyReused: 422,
     contract.InvalidField: 422,
     errors.NothingMade: 424,
@@ -100,7 +101,12 @@ def refusal(error: DarkroomError, scope: Scope) -> Response:
 
 def note_cause(error: DarkroomError, scope: Scope) -> None:
     """Leaves for the log what clients are not told: folders and hosts."""
-    scope.setdefault("state", {})["cause"] = str(error.__cause__) or type(error.__cause__).__name__
+    scope.setdefault("state", {})["cause"] = cause_of(error)
+
+
+def cause_of(error: DarkroomError) -> str:
+    """What lies behind an error, in words."""
+    return str(error.__cause__) or type(error.__cause__).__name__
 
 
 def internal_error(scope: Scope) -> Response:

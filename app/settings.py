@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import AnyHttpUrl, Field, ValidationInfo, field_validator
 
 from app.networks import Allowed
 from worker.contract.errors import InvalidField
 from worker.contract.keys import check_rate
-from worker.contract.settings import ContractSettings
+from worker.contract.settings import DAY_S, UNSET, ContractSettings
 
 LogFormat = Literal["json", "console"]
 AuthMode = Literal["auto", "on", "off"]
@@ -30,7 +30,7 @@ class GatewaySettings(ContractSettings):
 
     host: str = Field(default="127.0.0.1", description="address that the gateway listens on")
     port: int = Field(default=8000, ge=0, le=65_535, description="port that the gateway listens on; 0 takes a free one")
-    public_url: AnyHttpUrl | None = Field(
+    public_url: Annotated[AnyHttpUrl | None, UNSET] = Field(
         default=None, description="what urls in answers begin with; unset: as the request was addressed"
     )
     max_body_bytes: int = Field(default=65_536, ge=1024, description="largest request body accepted, in bytes")
@@ -38,7 +38,9 @@ class GatewaySettings(ContractSettings):
         default=10_485_760, ge=1024, description="the same for a form with files, which some vendors' calls are"
     )
     body_timeout_s: float = Field(default=10.0, gt=0, le=600, description="seconds a client has to send its body")
-    sweep_every_s: float = Field(default=300.0, ge=1, description="seconds between two removals of expired pictures")
+    sweep_every_s: float = Field(
+        default=300.0, ge=1, le=DAY_S, description="seconds between two removals of expired pictures"
+    )
     drain_s: float = Field(
         default=0.0,
         ge=0,
@@ -67,7 +69,7 @@ class GatewaySettings(ContractSettings):
     key_rate: str = Field(
         default="3000/minute", description="requests that an API key may make that has no rate of its own, or none"
     )
-    key_max_active: int | None = Field(
+    key_max_active: Annotated[int | None, UNSET] = Field(
         default=None, ge=1, description="jobs at once of an API key that has no such limit of its own; unset: any"
     )
 
@@ -96,6 +98,13 @@ class GatewaySettings(ContractSettings):
     def keys_on(self) -> bool:
         """Whether callers must have an API key."""
         return self.auth == "on" or (self.auth == "auto" and not is_loopback(self.host))
+
+    @field_validator("public_url")
+    @classmethod
+    def _is_a_beginning(cls, url: AnyHttpUrl | None) -> AnyHttpUrl | None:
+        if url and (url.username or url.password or url.query is not None or url.fragment is not None):
+            raise ValueError("allowed: scheme, host, port and path, such as https://pictures.example/darkroom")
+        return url
 
     @field_validator("auth_off_on_public")
     @classmethod

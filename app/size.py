@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 from app.errors import Shown
 from worker.contract.cards import Defaults, Limits
@@ -26,7 +27,7 @@ def size_of(aspect_ratio: str | None, megapixels: float | None, defaults: Defaul
     ratio = width / height
     sizes = list(_legal_near(math.sqrt(pixels * ratio), math.sqrt(pixels / ratio), limits))
     if not sizes:
-        raise InvalidField("aspect_ratio", Shown(aspect_ratio), _allowed(pixels, limits))
+        raise InvalidField("aspect_ratio", Shown(aspect_ratio), _allowed(pixels, width, height, limits))
     return min(sizes, key=lambda size: _distance(size, pixels, ratio))
 
 
@@ -47,7 +48,20 @@ def _distance(size: tuple[int, int], pixels: float, ratio: float) -> float:
     return abs(math.log(width / height / ratio)) + abs(math.log(width * height / pixels)) / 2
 
 
-def _allowed(pixels: float, limits: Limits) -> str:
+def _allowed(pixels: float, width: int, height: int, limits: Limits) -> str:
     longest = min(limits.max_side, pixels / limits.min_side)
-    steepest = max(1, int(longest * longest / pixels))
-    return f"up to {steepest}:1 or 1:{steepest} with {pixels / MEGAPIXEL:.2g} megapixels"
+    steepest = max(1, math.floor(10 * longest * longest / pixels) / 10)
+    allowed = f"up to {steepest:g}:1 or 1:{steepest:g} with {pixels / MEGAPIXEL:.2g} megapixels"
+    ratio = max(width / height, height / width)
+    least, most = max(limits.min_pixels, limits.min_side**2 * ratio), min(limits.max_pixels, limits.max_side**2 / ratio)
+    if least <= most < pixels:
+        return f"{allowed}, or at most {_rounded(most, math.floor):g} megapixels at {width}:{height}"
+    if pixels < least <= most:
+        return f"{allowed}, or at least {_rounded(least, math.ceil):g} megapixels at {width}:{height}"
+    return allowed
+
+
+def _rounded(pixels: float, to: Callable[[float], int]) -> float:
+    """Megapixels, in two digits."""
+    step = 10.0 ** (math.floor(math.log10(pixels / MEGAPIXEL)) - 1)
+    return to(pixels / MEGAPIXEL / step) * step

@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+import redis
 from pydantic import Field
 
 from app.client import Client, Refused, Unreachable
-from app.embedded import EmbeddedFailed, EmbeddedValkey, free_port
+from app.embedded import EmbeddedFailed, EmbeddedValkey, free_port, server_version
 from app.settings import GatewaySettings
 from worker.contract.child import Child
+from worker.contract.errors import CannotStart, StoreUnavailable
 from worker.contract.settings import overridden
+from worker.contract.store import open_store
 
 _GATEWAY_GRACE_S = 10.0
 _SENDER_GRACE_S = 5.0
@@ -32,6 +36,10 @@ COMMANDS = {
     "worker": (sys.executable, "-P", "-m", "worker"),
     "webhooks": (sys.executable, "-P", "-m", "app.cli", "webhooks"),
 }
+
+
+MEND_REDIS = "start it, or correct DARKROOM_REDIS_URL; `darkroom up` without it starts its own"
+MEND_BUCKET = "see that the bucket exists, and set DARKROOM_S3_ENDPOINT and the key right"
 
 
 class StackFailed(Exception):
@@ -80,6 +88,7 @@ class Stack:
         self._settings, self._report, self._verbose, self._commands = settings, report, verbose, commands
         self._alone, self._own_valkey = alone, alone or settings.embedded
         self._pictures = settings.data_dir / "pictures" if alone else settings.pictures
+        self._logs = settings.data_dir / "logs"
         self._port = settings.port or free_port()
         self.url = f"http://{client_host(settings.host)}:{self._port}"
         self._valkey: EmbeddedValkey | None = None
@@ -157,10 +166,16 @@ class Stack:
                 "DARKROOM_ENV is production, so the embedded Valkey is not started: "
                 "set DARKROOM_REDIS_URL to a Redis or Valkey, 7.2 or later, with an append-only file"
             )
-        if reason := listen_error(settings.host, self._port):
-            where = f"{settings.host} port {self._port}"
-            raise StackFailed(f"cannot listen on {where} ({reason}): choose another with --port or DARKROOM_PORT")
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        if refusal := listen_refusal(settings.host, self._port):
+            raise StackFailed(refusal)
+        for folder in (settings.data_dir, self._logs):
+            _require_writable(folder, "DARKROOM_DATA_DIR")
+        if settings.s3_bucket is None or self._alone:
+            _require_writable(self._pictures, "DARKROOM_STORE_DIR")
+        else:
+            self._require_bucket()
+        if not self._own_valkey:
+            self._require_redis()
         self._env = overridden(
             self._env,
             host=settings.host,
@@ -181,8 +196,26 @@ class Stack:
         valkey = self._valkey.child if self._valkey else None
         return [child for child in (self._gateway, self._worker, self._webhooks, valkey) if child]
 
+    def _require_bucket(self) -> None:
+        try:
+            open_store(self._settings).check()
+        except CannotStart as error:
+            raise StackFailed(str(error)) from None
+        except StoreUnavailable as error:
+            bucket = self._settings.s3_bucket
+            raise StackFailed(f"bucket {bucket} cannot be used ({error.__cause__}): {MEND_BUCKET}") from None
+
+    def _require_redis(self) -> None:
+        url = self._settings.redis_url
+        try:
+            server_version(str(url))
+        except redis.RedisError as error:  # does not show the password
+            where = f"{url.host}:{url.port or 6379}"
+            raise StackFailed(f"Redis at {where} cannot be used ({error}): {MEND_REDIS}") from None
+
     def _start_valkey(self) -> str:
         folder = self._settings.valkey_dir
+        _require_writable(folder, "DARKROOM_DATA_DIR")
         self._valkey = EmbeddedValkey(folder, self._log("valkey"))
         try:
             self._valkey.start()
@@ -197,7 +230,7 @@ class Stack:
         return child
 
     def _log(self, name: str) -> Path:
-        log = self._settings.data_dir / "logs" / f"{name}.log"
+        log = self._logs / f"{name}.log"
         if log.exists():
             log.replace(log.with_suffix(".log.1"))
         return log
@@ -210,6 +243,16 @@ class Stack:
 def _running(child: Child | None) -> Child:
     assert child is not None, "the stack is not started"
     return child
+
+
+def _require_writable(folder: Path, variable: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = f"{folder} cannot be written to ({error.strerror})"
+        raise StackFailed(f"{reason}: set {variable} to another folder") from None
 
 
 def _ending(child: Child) -> str:
@@ -228,11 +271,18 @@ def client_host(host: str) -> str:
 
 def listen_error(host: str, port: int) -> str | None:
     """Why nothing can listen there now; None if something can."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            return error.strerror or str(error)
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, *_, address = found[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return error.strerror or str(error)
     return None
+
+
+def listen_refusal(host: str, port: int) -> str | None:
+    """What whoever wants to listen there is told if nothing can."""
+    reason = listen_error(host, port)
+    return reason and f"cannot listen on {host} port {port} ({reason}): choose another with --port or DARKROOM_PORT"

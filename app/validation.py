@@ -88,8 +88,9 @@ def _sentence(problem: dict[str, Any]) -> str:
     if kind == "missing":
         return f"{field} is required"
     if kind == "extra_forbidden":
-        names = list(_beside(problem).model_fields)
-        return f"there is no field {Shown(field)!r}{_meant(field, names)}; allowed: {', '.join(names)}"
+        names = list(_beside(problem).model_fields) if problem["loc"][0] == "body" else problem["ctx"]["allowed"]
+        what = "field" if problem["loc"][0] == "body" else "parameter"
+        return f"there is no {what} {Shown(field)!r}{_meant(field, names)}; allowed: {', '.join(names) or 'none'}"
     return f"{field} is {Shown(problem['input'])!r}; allowed: {_allowed(problem)}"
 
 

@@ -101,7 +101,9 @@ class Targets:
         if addresses and all(self.allowed.has(target.host, address) for address in addresses):
             return addresses
         if not addresses or not all(is_public(a) or self.allowed.has(target.host, a) for a in addresses):
-            raise TargetRefused(f"a host with public addresses only, or one of {OPERATORS_LIST}")
+            # One text for both: nobody shall learn here which names the inside network has.
+            known = "a host with public addresses only, by a name that the name service knows"
+            raise TargetRefused(f"{known}, or one of {OPERATORS_LIST}")
         if not target.secure:
             raise TargetRefused(f"https; http only to hosts of {OPERATORS_LIST}")
         if target.port not in PORTS:

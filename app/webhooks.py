@@ -29,10 +29,11 @@ from app.settings import GatewaySettings
 from app.signing import Signer
 from app.webhook_signature import signature_headers, signing_secret
 from app.webhook_target import GuardedNetwork, Target, TargetRefused, Targets
-from worker.contract.errors import QueueUnavailable, SchemaUnknown, UnknownGeneration
+from worker.contract.errors import CannotStart, QueueUnavailable, SchemaUnknown, UnknownGeneration
 from worker.contract.job import TERMINAL, JobView, Webhook
 from worker.contract.outbox import Entry, Outbox
 from worker.contract.queue import JobQueue
+from worker.contract.variables import unread
 
 POLL_S = 0.25
 COUNT_EVERY_S = 5.0
@@ -329,7 +330,7 @@ def _about(entry: Entry, request_id: str) -> dict[str, str]:
 
 
 def serve(settings: WebhookSettings) -> None:
-    """Sends until SIGTERM or SIGINT; a second one ends it at once, and nothing is lost by that."""
+    """Sends until SIGTERM or SIGINT; a second one ends it at once, and nothing is lost by that. CannotStart."""
     asyncio.run(_serve(settings))
 
 
@@ -341,15 +342,28 @@ async def _serve(settings: WebhookSettings) -> None:
     sender = Sender(settings, outbox, queue, courier, log)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop, stopping, number)
-    if settings.webhook_metrics_port:
-        start_http_server(settings.webhook_metrics_port, settings.host, sender.metrics.registry)
-    log.info("sending_webhooks")
+    for told in unread():
+        log.warning("variable_unread", told=told)
     try:
+        if settings.webhook_metrics_port:
+            _serve_metrics(settings, sender.metrics.registry)
+        log.info("sending_webhooks")
         await sender.run(stopping)
     finally:
         await courier.close()
         await outbox.close()
         await queue.close()
+
+
+def _serve_metrics(settings: WebhookSettings, registry: CollectorRegistry) -> None:
+    host, port = settings.host, settings.webhook_metrics_port
+    try:
+        start_http_server(port, host, registry)
+    except OSError as error:
+        where, why = f"{host} port {port}", error.strerror or error
+        raise CannotStart(
+            f"cannot serve /metrics on {where} ({why}): choose another DARKROOM_WEBHOOK_METRICS_PORT, or 0 for none"
+        ) from None
 
 
 def _stop(stopping: asyncio.Event, number: signal.Signals) -> None:

@@ -81,6 +81,13 @@ def test_a_command_of_the_readme_is_understood(line: str) -> None:
     command.make_context("darkroom", arguments)  # raises what a user would be told
 
 
+def test_a_shell_is_told_where_commands_are_before_the_first_one() -> None:
+    text = README.read_text()
+    first = re.search(r"^(darkroom|python) ", text, re.MULTILINE)
+    assert first is not None
+    assert 'export PATH="$PWD/.venv/bin:$PATH"' in text[: first.start()]
+
+
 @pytest.mark.parametrize("line", commands_of("python -m model.training"))
 def test_a_training_of_the_readme_is_understood(line: str) -> None:
     assert parser().parse_args(shlex.split(line)).command in line

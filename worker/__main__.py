@@ -12,10 +12,12 @@ import subprocess
 import sys
 from contextlib import ExitStack
 
+import structlog
 from pydantic import ValidationError
 
 from worker.contract.errors import CannotStart
 from worker.contract.settings import complaints
+from worker.contract.variables import unread
 from worker.logs import configure
 from worker.pod import DeletionCost
 from worker.probes import serving
@@ -23,6 +25,8 @@ from worker.process import leave
 from worker.settings import WorkerSettings
 from worker.status import CANNOT_START, shared_folder
 from worker.supervisor import Supervisor, slots
+
+log = structlog.get_logger()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
             from worker.announce import announce  # with it comes torch
 
             return announce(settings)
+        for told in unread():
+            log.warning(told)
         return supervise(settings)
     except ValidationError as error:
         sys.stderr.write(f"darkroom worker: {complaints(error)}\n")

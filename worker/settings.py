@@ -15,7 +15,7 @@ from pydantic_settings import NoDecode
 
 from model.config import VARIANTS
 from model.memory import Precision
-from worker.contract.settings import ContractSettings
+from worker.contract.settings import UNSET, ContractSettings
 
 BUNDLES = Path(__file__).parent.parent / "model" / "bundles"
 """The folder of the models that come with Darkroom."""
@@ -55,14 +55,14 @@ def bundled(folder: Path = BUNDLES) -> tuple[ModelSource, ...]:
 class WorkerSettings(ContractSettings):
     """Read once at start from `DARKROOM_*`."""
 
-    models: Annotated[tuple[ModelSource, ...], NoDecode] = Field(
+    models: Annotated[tuple[ModelSource, ...], NoDecode, UNSET] = Field(
         default_factory=bundled,
         validate_default=True,
         min_length=1,
         description="models to load, comma-separated: `demo`, `name=path`, or `name:variant=path`; "
         "unset: all that come with Darkroom",
     )
-    tokenizers: Path | None = Field(
+    tokenizers: Annotated[Path | None, UNSET] = Field(
         default=None, description="folder with tokenizer, tokenizer_2 and tokenizer_3, for single-file checkpoints"
     )
     t5: bool = Field(
@@ -75,7 +75,7 @@ class WorkerSettings(ContractSettings):
         "are taken to be the same, and a picture fit beside them, else offload; `darkroom doctor --plan` tells for any "
         "card",
     )
-    t5_length: int | None = Field(
+    t5_length: Annotated[int | None, UNSET] = Field(
         default=None, ge=1, le=512, description="tokens of T5; absent: as the model says, or 256"
     )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
@@ -92,7 +92,7 @@ class WorkerSettings(ContractSettings):
     max_batch_rows: int = Field(
         default=8, ge=2, le=256, description="rows of one denoising step; a guided job takes two"
     )
-    token_budget: int | None = Field(
+    token_budget: Annotated[int | None, UNSET] = Field(
         default=None,
         ge=1,
         le=1_000_000,
@@ -131,7 +131,7 @@ class WorkerSettings(ContractSettings):
         default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
         description="this process's name, never used twice; the supervisor gives one",
     )
-    worker_status: Path | None = Field(
+    worker_status: Annotated[Path | None, UNSET] = Field(
         default=None, description="file in which a process says how it is; the supervisor gives one"
     )
     metrics_host: str = Field(default="127.0.0.1", description="address of the worker's /metrics, /healthz and /readyz")

@@ -200,7 +200,8 @@ def slots(gpus: str, device: str, folder: Path, visible: Callable[[], int]) -> l
     count = visible()
     chosen = list(range(count)) if gpus == "all" else [int(part) for part in gpus.split(",")]
     if not chosen or max(chosen) >= count:
-        raise ValueError(f"gpus is {gpus!r}, and this machine shows {count}")
+        mend = f"allowed: all, or of {', '.join(map(str, range(count)))}" if count else "leave it out for the CPU"
+        raise ValueError(f"--gpus is {gpus!r}; GPUs that PyTorch finds here: {count}; {mend}")
     if device != "auto" and not device.startswith("cuda"):
-        raise ValueError(f"gpus is {gpus!r}, but the device is {device!r}")
+        raise ValueError(f"--gpus is {gpus!r}, but the device is {device!r}")
     return [Slot({"DARKROOM_DEVICE": f"cuda:{gpu}"}, folder / str(n)) for n, gpu in enumerate(chosen)]

@@ -29,7 +29,6 @@ from app.jobs import Jobs
 from app.refusals import Refusal
 from app.schemas import MAX_WAIT_S
 from app.sse import EventStream
-from app.webhook_signature import signing_secret
 from worker.contract.cards import ModelCard
 from worker.contract.errors import DarkroomError, InvalidField
 from worker.contract.job import TERMINAL, JobView, Webhook
@@ -183,12 +182,6 @@ async def list_files(_: CallerDep) -> dict[str, Any]:
 async def create_file(_: CallerDep) -> Response:
     """Refused: files are input of models that take pictures."""
     raise InvalidField("content", Words("given"), "none: no model here takes pictures as input yet, only text")
-
-
-@router.get("/v1/webhooks/default/secret")
-async def webhook_secret(gateway: GatewayDep, caller: CallerDep) -> dict[str, str]:
-    """What the caller's webhooks are signed with."""
-    return {"key": signing_secret(await gateway.queue.secret(), caller.id)}
 
 
 @router.get("/v1/account")

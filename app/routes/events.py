@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query, Response, status
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
-from app.deps import GatewayDep, JobId, JobsDep
+from app.deps import GatewayDep, JobId, JobsDep, KnownCaller, KnownQuery
 from app.errors import Shown
 from app.examples import EVENTS
 from app.jobs import Jobs
@@ -35,7 +35,7 @@ EVENT = {
     "required": ["event", "data"],
 }
 
-router = APIRouter(tags=["generations"])
+router = APIRouter(tags=["generations"], dependencies=[KnownCaller, KnownQuery], responses=refusals(422))
 
 
 @router.get(

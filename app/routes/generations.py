@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response, status
 
-from app.deps import IdempotencyKey, JobId, JobsDep, JsonOnly, WaitSeconds
+from app.deps import IdempotencyKey, JobId, JobsDep, JsonOnly, KnownCaller, KnownQuery, WaitSeconds
 from app.errors import Shown
 from app.examples import QUEUED
 from app.idempotency import idempotency
@@ -16,7 +16,7 @@ from worker.contract.job import JOB_ID, TERMINAL
 
 ROUTE = "/v1/generations"
 
-router = APIRouter(tags=["generations"])
+router = APIRouter(tags=["generations"], dependencies=[KnownCaller, KnownQuery], responses=refusals(422))
 
 
 @router.post(

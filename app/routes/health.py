@@ -32,7 +32,7 @@ async def alive() -> Alive:
 )
 async def ready(gateway: GatewayDep, request: Request, response: Response) -> Readiness:
     """Ready while Redis and the store answer and the gateway is not shutting down; workers are told, not asked for."""
-    (redis, workers), store = await asyncio.gather(_redis(gateway), _store(gateway, request))
+    (redis, workers), store = await asyncio.gather(_redis(gateway, request), _store(gateway, request))
     draining = gateway.draining.is_set()
     is_ready = redis == store == "ok" and not draining
     if not is_ready:
@@ -54,13 +54,16 @@ async def metrics(gateway: GatewayDep) -> Response:
     return Response(await gateway.metrics.render(gateway.queue), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
-async def _redis(gateway: Gateway) -> tuple[str, dict[str, int]]:
+async def _redis(gateway: Gateway, request: Request) -> tuple[str, dict[str, int]]:
     try:
         async with asyncio.timeout(PROBE_TIMEOUT_S):
             await gateway.queue.ping()
             return "ok", await gateway.queue.workers()
-    except (QueueUnavailable, TimeoutError):
-        return "not reachable", {}
+    except QueueUnavailable as error:
+        note_cause(error, request.scope)
+    except TimeoutError:
+        request.state.cause = f"no answer within {PROBE_TIMEOUT_S:g} s"
+    return "not reachable", {}
 
 
 async def _store(gateway: Gateway, request: Request) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Request, Response, status
 
-from app.deps import JobId, JobsOrSigned
+from app.deps import JobId, JobsOrSigned, KnownQuery
 from app.etags import holds
 from app.jobs import finished_picture
 from app.schemas import refusals
@@ -19,7 +19,7 @@ LINK_S = 300.0
 
 ROUTE = "/v1/generations/{id}/images/{n}"
 
-router = APIRouter(tags=["generations"])
+router = APIRouter(tags=["generations"], dependencies=[KnownQuery], responses=refusals(422))
 
 
 @router.head(ROUTE, include_in_schema=False)

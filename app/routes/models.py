@@ -6,10 +6,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path
 
-from app.deps import CallerDep, GatewayDep
+from app.deps import CallerDep, GatewayDep, KnownCaller, KnownQuery
 from app.schemas import Model, ModelList, refusals
 
-router = APIRouter(tags=["models"])
+router = APIRouter(tags=["models"], dependencies=[KnownCaller, KnownQuery], responses=refusals(422))
 
 
 @router.head("/v1/models", include_in_schema=False)

@@ -15,6 +15,7 @@ from app.schemas.generation import (
 )
 from app.schemas.health import Alive, Readiness
 from app.schemas.model import Model, ModelDefaults, ModelLimits, ModelList
+from app.schemas.webhook import PROBLEM, WebhookSecret
 
 __all__ = [
     "ANY_REFUSAL",
@@ -22,6 +23,7 @@ __all__ = [
     "MAX_PAGE",
     "MAX_PUBLIC_SEED",
     "MAX_WAIT_S",
+    "PROBLEM",
     "TAGS",
     "Alive",
     "DeliveryOutcome",
@@ -41,6 +43,7 @@ __all__ = [
     "Readiness",
     "Urls",
     "WebhookCreate",
+    "WebhookSecret",
     "refusals",
     "timestamp",
 ]
@@ -58,6 +61,7 @@ header `Prefer: wait=30` the first call holds its answer until the job has ended
 TAGS = [
     {"name": "generations", "description": "Ask for pictures, follow them, fetch them."},
     {"name": "models", "description": "What can be asked of which model."},
+    {"name": "webhooks", "description": "How receivers know that a message is ours."},
     {"name": "health", "description": "For probes and Prometheus."},
 ]
 

@@ -12,6 +12,9 @@ from app.links import Links
 from model.params import Sampler
 from worker.contract.job import Job, JobView, Metadata, OutputFormat, Picture, Priority, Status, WebhookEvent
 
+LAST_S = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
+"""The last day that can be told."""
+
 
 class Params(BaseModel):
     """What the pictures are made with, every default resolved. Posted again, with the model, it makes them again."""
@@ -205,8 +208,8 @@ class GenerationPage(BaseModel):
 
 
 def moment(unix_s: float) -> datetime:
-    """Unix seconds as a time in UTC."""
-    return datetime.fromtimestamp(unix_s, UTC)
+    """Unix seconds as a time in UTC; the last that there is for what is beyond it."""
+    return datetime.fromtimestamp(min(unix_s, LAST_S), UTC)
 
 
 def timestamp(unix_s: float) -> str:

@@ -97,6 +97,17 @@ async def test_where_keys_are_off_everybody_is_anonymous_and_may_do_all() -> Non
     await door.close()
 
 
+async def test_who_has_no_key_is_told_that_before_what_is_wrong_with_a_query(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/v1/generations?status=failed")).status_code == 401
+
+
+async def test_a_key_may_have_any_number_of_jobs_though_others_may_not(settings: GatewaySettings) -> None:
+    door = Doorkeeper.connect(settings.model_copy(update={"key_max_active": 5}))
+    free = await door.caller(Headers(key_of(settings, "free", max_active=0)))
+    await door.close()
+    assert free.max_active is None
+
+
 async def test_a_caller_is_what_its_key_says_and_the_settings_where_it_says_nothing(settings: GatewaySettings) -> None:
     door = Doorkeeper.connect(settings.model_copy(update={"key_rate": "7/minute", "key_max_active": 5}))
     plain = await door.caller(Headers(key_of(settings, "plain")))

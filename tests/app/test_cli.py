@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from app.cli import cli
+from app.cli import _program, cli
 
 JOB = "gen_1"
 ROOT = Path(__file__).parents[2]
@@ -226,6 +226,9 @@ def test_generate_says_how_to_start_a_server_when_none_answers(server: FakeServe
     ("options", "message"),
     [
         (["--output", "/no/such/folder/a.png"], "there is no folder '/no/such/folder'"),
+        (["--output", "/etc/passwd/a.png"], "--output is '/etc/passwd/a.png' (Not a directory): name another file"),
+        (["--output", f"{'a' * 300}.png"], "aaa.png' (File name too long): name another file or folder"),
+        (["--output", "/proc/sys/a.png"], "/proc/sys cannot be written to: name another file or folder"),
         (["--output", "a.gif"], "--output ends with '.gif'; allowed: .png, .jpg, .jpeg, .webp"),
         (["--output", "a.png", "--format", "webp"], "--format is 'webp', but --output ends with '.png'"),
     ],
@@ -235,6 +238,28 @@ def test_generate_refuses_a_bad_output_before_any_work(server: FakeServer, optio
     assert result.exit_code == 1
     assert message in result.stderr
     assert server.posted == []
+
+
+def test_generate_refuses_a_guidance_that_is_no_number(server: FakeServer, tmp_path: Path) -> None:
+    result = generate(server, "--guidance", "nan", "--output", tmp_path)
+    assert (result.exit_code, result.stderr) == (1, "error: --guidance is nan; allowed: a finite number\n")
+    assert server.posted == []
+
+
+def test_generate_says_where_a_picture_is_that_could_not_be_saved(server: FakeServer) -> None:
+    server.views = [succeeded(7)]
+    server.views[0]["images"][0]["url"] = "http://server/picture"
+    result = generate(server, "--output", "/dev/full")
+    assert result.exit_code == 1
+    assert "No space left on device; it is kept at http://server/picture\n" in result.stderr
+
+
+def test_generate_says_how_a_key_is_given(server: FakeServer, tmp_path: Path) -> None:
+    error = {"code": "unauthorized", "message": "this server asks for one", "field": None, "request_id": "r"}
+    server.refusal = (401, {"error": error})
+    result = generate(server, "--output", tmp_path)
+    assert result.exit_code == 1
+    assert "(unauthorized, request r); give one with --key or DARKROOM_API_KEY\n" in result.stderr
 
 
 def test_ctrl_c_cancels_the_job(server: FakeServer, tmp_path: Path) -> None:
@@ -251,6 +276,13 @@ def test_ctrl_c_cancels_the_job(server: FakeServer, tmp_path: Path) -> None:
     assert process.returncode == 130
     assert errors == f"{JOB} canceled\n"
     assert server.canceled.is_set()
+
+
+def test_commands_are_shown_as_a_shell_finds_them(tmp_path: Path) -> None:
+    assert _program(".venv/bin/darkroom", path=str(tmp_path)) == ".venv/bin/darkroom"
+    (tmp_path / "darkroom").write_text("#!/bin/sh\n")
+    (tmp_path / "darkroom").chmod(0o755)
+    assert _program(".venv/bin/darkroom", path=str(tmp_path)) == "darkroom"
 
 
 def test_wrong_settings_are_named_one_a_line() -> None:
@@ -279,6 +311,36 @@ def test_up_refuses_a_port_in_use(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert f"cannot listen on 127.0.0.1 port {port}" in result.stderr
     assert "--port" in result.stderr
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    """A port of this machine at which something listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+def test_gateway_refuses_a_port_in_use_in_one_sentence(taken_port: int) -> None:
+    result = CliRunner().invoke(cli, ["gateway", "--port", str(taken_port)])
+    said = f"cannot listen on 127.0.0.1 port {taken_port} (Address already in use): choose another with --port or "
+    assert (result.exit_code, result.stderr) == (1, f"error: {said}DARKROOM_PORT\n")
+
+
+def test_webhooks_refuse_a_port_in_use_in_one_sentence(taken_port: int) -> None:
+    result = CliRunner(env={"DARKROOM_WEBHOOK_METRICS_PORT": str(taken_port)}).invoke(cli, ["webhooks"])
+    said = f"cannot serve /metrics on 127.0.0.1 port {taken_port} (Address already in use): choose another "
+    assert result.exit_code == 1
+    assert f"error: {said}DARKROOM_WEBHOOK_METRICS_PORT, or 0 for none\n" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["up"], ["webhooks"]])
+def test_command_tells_of_a_variable_that_nothing_reads(command: list[str], tmp_path: Path, taken_port: int) -> None:
+    env = {"DARKROOM_DATA_DIR": str(tmp_path), "DARKROOM_AUHT": "on"}  # both end at the port
+    env |= {"DARKROOM_PORT": str(taken_port), "DARKROOM_WEBHOOK_METRICS_PORT": str(taken_port)}
+    result = CliRunner(env=env).invoke(cli, command)
+    assert result.stderr.count("nothing reads DARKROOM_AUHT; did you mean DARKROOM_AUTH?") == 1
 
 
 def test_command_line_never_loads_torch() -> None:

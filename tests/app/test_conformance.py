@@ -31,6 +31,7 @@ OPERATIONS = (
     "GET /v1/generations/{id}/images/{n}",
     "GET /v1/models",
     "GET /v1/models/{name}",
+    "GET /v1/webhooks/default/secret",
     "GET /healthz",
     "GET /readyz",
     "GET /metrics",

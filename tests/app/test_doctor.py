@@ -39,6 +39,11 @@ def test_old_python_is_wrong() -> None:
     assert doctor.check_python((3, 11)).state == "ok"
 
 
+def test_variable_that_nothing_reads_is_told_with_the_one_that_was_meant() -> None:
+    [found] = doctor.check_variables({"DARKROOM_AUHT": "on", "DARKROOM_AUTH": "on", "PATH": "/bin"})
+    assert (found.state, found.found) == ("warning", "nothing reads DARKROOM_AUHT; did you mean DARKROOM_AUTH?")
+
+
 def test_missing_package_is_named_with_the_command_that_mends_it() -> None:
     found = doctor.check_packages("worker", ("pydantic", "no_such_package"))
     assert (found.state, found.found) == ("wrong", "missing: no_such_package")

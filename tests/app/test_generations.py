@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from app.deps import Gateway
 from app.main import EXPIRE_LEASE_S, _expire_pictures, create_app
+from app.schemas import timestamp
 from app.settings import GatewaySettings
 from tests.app.conftest import BASE_URL, client_of, until
 from tests.app.fake_worker import CARDS, LARGE, FakeWorker
@@ -551,6 +552,10 @@ async def test_expired_pictures_are_swept_at_start(settings: GatewaySettings) ->
     async with app.router.lifespan_context(app):
         await until(swept)
     assert store.get("gen_new/1/0.png") == b"new"
+
+
+def test_time_beyond_all_times_is_the_last_one() -> None:
+    assert timestamp(1e12) == "9999-12-31T00:00:00Z"
 
 
 def _age(path: Path, seconds: float) -> None:

@@ -22,6 +22,7 @@ from app.metrics import Metrics
 from app.settings import GatewaySettings
 from tests.app.conftest import client_of, until
 from tests.app.fake_worker import FakeWorker
+from tests.conftest import Valkey
 from tests.worker.jobs import make_job
 from worker.contract.errors import StoreUnavailable
 from worker.contract.load import ASSUMED_SPEED
@@ -78,6 +79,59 @@ async def test_readyz_is_503_without_redis(cut_off: httpx.AsyncClient) -> None:
         "store": "ok",
         "workers": {},
     }
+
+
+@pytest.mark.parametrize(
+    ("url", "cause"),
+    [
+        ("redis://127.0.0.1:1/0", "connecting to 127.0.0.1:1"),
+        ("redis://:s3cret@{here}/0", "invalid username-password pair"),
+        ("redis://:right@{here}/999999", "DB index is out of range"),
+        ("rediss://{here}/0", "Timeout connecting to server"),
+    ],
+)
+async def test_why_redis_cannot_be_used_is_logged_unasked(
+    own_valkey: Valkey, tmp_path: Path, log_lines: io.StringIO, url: str, cause: str
+) -> None:
+    async with redis.asyncio.Redis.from_url(own_valkey.url) as operator:
+        await operator.config_set("requirepass", "right")
+    there = url.format(here=f"127.0.0.1:{own_valkey.port}")
+    settings = GatewaySettings(redis_url=there, store_dir=tmp_path)  # type: ignore[arg-type]
+    app = create_app(settings, log=make_log("json", log_lines))
+
+    async def told() -> bool:
+        said = [json.loads(line) for line in log_lines.getvalue().splitlines()]
+        return any(cause in line.get("cause", "") for line in said if line.get("chore") == "_reap")
+
+    async with app.router.lifespan_context(app):
+        await until(told)
+    assert "s3cret" not in log_lines.getvalue()
+
+
+async def test_readyz_without_redis_leaves_the_cause_to_the_log(tmp_path: Path, log_lines: io.StringIO) -> None:
+    settings = GatewaySettings(redis_url="redis://:s3cret@127.0.0.1:1/0", store_dir=tmp_path)  # type: ignore[arg-type]
+    app = create_app(settings, log=make_log("json", log_lines))
+    async with app.router.lifespan_context(app), client_of(app) as client:
+        answer = await client.get("/readyz")
+    (line,) = [line for line in map(json.loads, log_lines.getvalue().splitlines()) if line["event"] == "request"]
+    assert "connecting to 127.0.0.1:1" in line["cause"]
+    assert "127.0.0.1" not in answer.text
+    assert "s3cret" not in log_lines.getvalue()
+
+
+async def test_readyz_of_a_redis_that_says_nothing_leaves_that_to_the_log(
+    own_valkey: Valkey, tmp_path: Path, log_lines: io.StringIO
+) -> None:
+    settings = GatewaySettings(redis_url=own_valkey.url, store_dir=tmp_path)  # type: ignore[arg-type]
+    app = create_app(settings, log=make_log("json", log_lines))
+    async with app.router.lifespan_context(app), client_of(app) as client:
+        own_valkey.pause()
+        try:
+            assert (await client.get("/readyz")).status_code == 503
+        finally:
+            own_valkey.resume()
+    (line,) = [line for line in map(json.loads, log_lines.getvalue().splitlines()) if line["event"] == "request"]
+    assert line["cause"] in ("no answer within 2 s", "Timeout reading from socket")
 
 
 async def test_readyz_is_503_without_store_and_only_the_log_names_its_folder(

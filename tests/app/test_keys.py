@@ -82,7 +82,8 @@ def test_add_keeps_scopes_and_limits(settings: ContractSettings) -> None:
         (("x", "--scope", "root"), "scope is 'root'; allowed: generate, read, high-priority, admin"),
         (("x", "--rate", "0/minute"), "rate is '0/minute'; allowed: a number of requests a second"),
         (("x", "--rate", "5 per fortnight"), "such as 120/minute"),
-        (("x", "--max-active", "0"), "max-active is 0; allowed: 1 or more"),
+        (("x", "--max-active", "0"), "max-active is '0'; allowed: 1 to 999999; none; default"),
+        (("x", "--max-active", "ten"), "max-active is 'ten'; allowed: 1 to 999999"),
     ],
 )
 def test_wrong_words_are_refused_by_name(
@@ -109,6 +110,70 @@ def test_a_key_is_revoked_by_its_id_once(settings: ContractSettings) -> None:
     assert f"revoked: {key_id} of ci" in keys(settings, "revoke", key_id).stdout
     again = keys(settings, "revoke", key_id)
     assert (again.exit_code, "no key that is in use" in again.stderr) == (1, True)
+
+
+def limits_of(settings: ContractSettings) -> tuple[object, object]:
+    (key,) = listed(settings)
+    return key["rate"], key["max_active"]
+
+
+@pytest.mark.parametrize(
+    ("options", "limits"),
+    [
+        (("--rate", "5/second"), ("5/second", 3)),
+        (("--rate", "none"), ("none", 3)),
+        (("--rate", "default"), (None, 3)),
+        (("--max-active", "7"), ("120/minute", 7)),
+        (("--max-active", "none"), ("120/minute", 0)),
+        (("--max-active", "default"), ("120/minute", None)),
+        (("--rate", "1/day", "--max-active", "1"), ("1/day", 1)),
+    ],
+)
+def test_limit_changes_what_is_said_and_nothing_else(
+    settings: ContractSettings, options: tuple[str, ...], limits: tuple[object, object]
+) -> None:
+    made(settings, "ci", "--rate", "120/minute", "--max-active", 3)
+    (before,) = listed(settings)
+    assert keys(settings, "limit", "ci", *options).exit_code == 0
+    (after,) = listed(settings)
+    assert (after["rate"], after["max_active"]) == limits
+    assert after == before | {"rate": limits[0], "max_active": limits[1]}
+
+
+def test_limit_says_what_holds_now(settings: ContractSettings) -> None:
+    key_id = made(settings, "ci", "--max-active", 3)[3:15]
+    said = keys(settings, "limit", key_id, "--rate", "5/second", "--max-active", "none").stdout
+    assert said == f"{key_id} of ci: rate 5/second, jobs at once none; every gateway knows within a second\n"
+
+
+def test_limit_tells_programs_the_key_without_its_digest(settings: ContractSettings) -> None:
+    made(settings, "ci")
+    told = json.loads(keys(settings, "limit", "ci", "--max-active", 2, "--json").stdout)
+    assert (told["name"], told["max_active"], "digest" in told) == ("ci", 2, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("ci",), "nothing to change; say --rate, --max-active or both"),
+        (("ci", "--rate", "0/minute"), "rate is '0/minute'; allowed: a number of requests a second"),
+        (("ci", "--max-active", "0"), "max-active is '0'; allowed: 1 to 999999; none; default"),
+        (("other", "--max-active", "2"), "no key that is in use has the id or name 'other'"),
+    ],
+)
+def test_wrong_limits_change_nothing(settings: ContractSettings, arguments: tuple[str, ...], complaint: str) -> None:
+    made(settings, "ci", "--rate", "120/minute", "--max-active", 3)
+    done = keys(settings, "limit", *arguments)
+    assert (done.exit_code, complaint in done.stderr) == (1, True)
+    assert limits_of(settings) == ("120/minute", 3)
+
+
+def test_a_revoked_key_gets_no_other_limits(settings: ContractSettings) -> None:
+    made(settings, "ci")
+    keys(settings, "revoke", "ci")
+    done = keys(settings, "limit", "ci", "--max-active", 2)
+    assert (done.exit_code, "no key that is in use" in done.stderr) == (1, True)
+    assert limits_of(settings) == (None, None)
 
 
 def test_if_none_makes_the_first_key_and_no_other(settings: ContractSettings, tmp_path: Path) -> None:
@@ -177,7 +242,7 @@ def test_list_for_people_shows_who_may_what(settings: ContractSettings) -> None:
 
 def test_keys_say_so_when_redis_is_away() -> None:
     nowhere = ContractSettings(redis_url="redis://:secret@127.0.0.1:9/0")  # type: ignore[arg-type]
-    for command in (("add", "x"), ("list",), ("revoke", "x"), ("usage",)):
+    for command in (("add", "x"), ("list",), ("limit", "x", "--rate", "none"), ("revoke", "x"), ("usage",)):
         done = keys(nowhere, *command)
         assert done.exit_code == 1
         assert f"keys {command[0]} did not succeed: Redis at 127.0.0.1:9 gave no answer" in done.stderr
@@ -225,6 +290,19 @@ async def test_a_revoked_key_is_known_as_revoked_within_a_second(settings: Contr
         after = await found.find(key.id)
         assert after is not None
         assert after.revoked_at is not None
+    await found.close()
+
+
+async def test_other_limits_count_within_a_second(settings: ContractSettings) -> None:
+    key, _ = new_key("ci")
+    clock = Clock()
+    found = Keys(redis.asyncio.Redis.from_url(str(settings.redis_url)), clock)
+    with Keyring.connect(settings) as keyring:
+        keyring.add(key)
+        assert await found.find(key.id) == key
+        keyring.limit("ci", rate="5/second", max_active=2)
+        clock.now += FRESH_S
+        assert await found.find(key.id) == replace(key, rate="5/second", max_active=2)
     await found.close()
 
 

@@ -33,6 +33,7 @@ async def test_document_lists_every_route_with_summary_and_tag(document: dict[st
         "/v1/generations/{id}/events",
         "/v1/models",
         "/v1/models/{name}",
+        "/v1/webhooks/default/secret",
         "/healthz",
         "/readyz",
         "/metrics",
@@ -50,6 +51,15 @@ async def test_document_knows_one_shape_of_refusals(document: dict[str, Any]) ->
     for status in ("400", "422", "429", "503", "default"):
         schema = create[status]["content"]["application/json"]["schema"]
         assert schema["$ref"] == "#/components/schemas/ErrorBody"
+
+
+async def test_refusals_of_the_path_that_is_replicates_too_are_documented_in_its_shape(
+    document: dict[str, Any],
+) -> None:
+    answers = document["paths"]["/v1/webhooks/default/secret"]["get"]["responses"]
+    refused = {status: one["content"].keys() for status, one in answers.items() if status != "200"}
+    assert refused == dict.fromkeys(("401", "429", "503", "default"), {"application/problem+json": None}.keys())
+    assert answers["200"]["content"]["application/json"]["schema"]["$ref"].endswith("/WebhookSecret")
 
 
 async def test_document_describes_every_field_of_a_request(document: dict[str, Any]) -> None:

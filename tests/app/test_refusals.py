@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import io
 import json
 from typing import Any
@@ -29,6 +30,7 @@ from worker.contract.settings import ContractSettings
 
 LARGE_ASKED = {"model": "sd3.5-large", "prompt": "a red circle"}
 JSON = {"content-type": "application/json"}
+NOBODYS = "gen_" + "0" * 31
 
 
 def assert_refused(answer: httpx.Response, status: int, code: str, field: str | None) -> str:
@@ -176,6 +178,41 @@ async def test_body_declared_json_in_other_words_is_taken(served: httpx.AsyncCli
     content = json.dumps(LARGE_ASKED)
     answer = await served.post("/v1/generations", content=content, headers={"content-type": content_type})
     assert answer.status_code == 202
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "Deflate", "gzip, identity"])
+async def test_compressed_body_is_415(served: httpx.AsyncClient, encoding: str) -> None:
+    content = gzip.compress(json.dumps(LARGE_ASKED).encode())
+    answer = await served.post("/v1/generations", content=content, headers=JSON | {"content-encoding": encoding})
+    message = assert_refused(answer, 415, "unsupported_media_type", None)
+    assert message == f'content-encoding is "{encoding}"; allowed: none; send the body as it is'
+
+
+async def test_body_that_is_said_to_be_as_it_is_is_taken(served: httpx.AsyncClient) -> None:
+    answer = await served.post("/v1/generations", json=LARGE_ASKED, headers={"content-encoding": "identity"})
+    assert answer.status_code == 202
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "text"),
+    [
+        ("GET", "/v1/generations?status=failed", 'there is no parameter "status"; allowed: limit, cursor'),
+        ("GET", "/v1/generations?cursr=1", 'there is no parameter "cursr" (did you mean cursor?)'),
+        ("GET", "/v1/generations?status=failed&limit=5", "allowed: limit, cursor"),
+        ("POST", "/v1/generations?status=failed", 'there is no parameter "status"; allowed: none'),
+        ("GET", f"/v1/generations/{NOBODYS}?status=failed", "allowed: none"),
+        ("DELETE", f"/v1/generations/{NOBODYS}?status=failed", "allowed: none"),
+        ("POST", f"/v1/generations/{NOBODYS}/cancel?status=failed", "allowed: none"),
+        ("GET", f"/v1/generations/{NOBODYS}/events?status=failed", "allowed: previews"),
+        ("GET", f"/v1/generations/{NOBODYS}/images/0?status=failed", "allowed: expires, signature"),
+        ("GET", "/v1/models?status=failed", "allowed: none"),
+        ("GET", "/v1/models/tiny?status=failed", "allowed: none"),
+    ],
+)
+async def test_unknown_parameter_is_422_and_named(served: httpx.AsyncClient, method: str, path: str, text: str) -> None:
+    answer = await served.request(method, path, json=LARGE_ASKED if method == "POST" else None)
+    field = "cursr" if "cursr" in path else "status"
+    assert text in assert_refused(answer, 422, "invalid_field", field)
 
 
 @pytest.mark.parametrize("path", ["/v1", "/v1/generations/", "/docs", "/redoc", "/v2/generations", "/%ff%fe"])

@@ -166,6 +166,13 @@ async def test_sigterm_with_a_drain_is_not_ready_yet_serves(settings: GatewaySet
         assert await asyncio.to_thread(running.child.wait, 20) == 0
 
 
+async def test_variable_that_nothing_reads_is_logged(settings: GatewaySettings, tmp_path: Path) -> None:
+    async with gateway(settings, tmp_path, DARKROOM_AUHT="on") as running:
+        events = [json.loads(line) for line in running.log.read_text().splitlines()]
+    [found] = [event for event in events if event["event"] == "variable_unread"]
+    assert (found["level"], found["told"]) == ("warning", "nothing reads DARKROOM_AUHT; did you mean DARKROOM_AUTH?")
+
+
 async def test_scheme_is_believed_of_trusted_proxies_alone(settings: GatewaySettings, tmp_path: Path) -> None:
     async def scheme(proxies: str) -> str:
         headers = JSON | {"x-forwarded-proto": "https", "host": "pictures.localhost"}

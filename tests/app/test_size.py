@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import httpx
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from app.size import MEGAPIXEL, size_of
 from tests.app.fake_worker import LARGE, TINY
+from worker.contract.cards import Limits
 from worker.contract.errors import InvalidField
 
 
@@ -52,6 +54,33 @@ def test_size_follows_the_card() -> None:
     assert size_of("2:1", None, TINY.defaults, TINY.limits) == (112, 64)
     with pytest.raises(InvalidField, match=r"megapixels is 0\.25; allowed: 0\.00390625 to 0\.0625"):
         size_of(None, 0.25, TINY.defaults, TINY.limits)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "megapixels", "allowed"),
+    [
+        ("4:3", 2.0, "up to 1.1:1 or 1:1.1 with 2 megapixels, or at most 1.6 megapixels at 4:3"),
+        ("3:4", 2.0, "up to 1.1:1 or 1:1.1 with 2 megapixels, or at most 1.6 megapixels at 3:4"),
+        ("2:1", 0.25, "up to 1:1 or 1:1 with 0.25 megapixels, or at least 0.5 megapixels at 2:1"),
+        ("50:1", 1.0, "up to 2.2:1 or 1:2.2 with 1 megapixels"),
+    ],
+)
+def test_aspect_ratio_that_is_too_steep_is_told_what_would_do(ratio: str, megapixels: float, allowed: str) -> None:
+    limits = Limits(max_side=1536, min_side=64 if megapixels > 0.25 else 512)
+    with pytest.raises(InvalidField) as caught:
+        size_of(ratio, megapixels, LARGE.defaults, limits)
+    assert str(caught.value) == f'aspect_ratio is "{ratio}"; allowed: {allowed}'
+
+
+@given(width=st.integers(1, 40), height=st.integers(1, 40), megapixels=st.floats(0.25, 2, width=32))
+@hypothesis_settings(max_examples=300, deadline=None, derandomize=True)
+def test_what_would_do_does(width: int, height: int, megapixels: float) -> None:
+    limits, ratio = Limits(max_side=1536, min_side=256), f"{width}:{height}"
+    try:
+        size_of(ratio, megapixels, LARGE.defaults, limits)
+    except InvalidField as error:
+        if found := re.search(r"or at (?:most|least) ([0-9.]+) megapixels", str(error)):
+            size_of(ratio, float(found[1]), LARGE.defaults, limits)
 
 
 async def test_request_by_aspect_ratio_is_answered_with_width_and_height(served: httpx.AsyncClient) -> None:

@@ -211,7 +211,7 @@ def test_wrong_list_of_the_operator_is_refused_at_start(wrong: str) -> None:
 
 
 async def test_unknown_name_is_refused_and_a_silent_name_service_is_not_the_clients_fault() -> None:
-    with pytest.raises(InvalidField, match="public addresses only"):
+    with pytest.raises(InvalidField, match="by a name that the name service knows"):
         await targets().check("https://nowhere.test/")
 
     async def silent(host: str, port: int) -> list[str]:

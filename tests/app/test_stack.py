@@ -175,6 +175,46 @@ def test_stack_uses_the_redis_that_is_configured(tmp_path: Path, reports: Report
         assert client.get("stopped") == b"in order"
 
 
+def test_redis_that_does_not_answer_ends_the_start(tmp_path: Path, reports: Reports) -> None:
+    settings = StackSettings(data_dir=tmp_path, port=0, redis_url="redis://:hush@127.0.0.1:9")
+    with (
+        pytest.raises(
+            StackFailed, match=r"Redis at 127\.0\.0\.1:9 cannot be used .*correct DARKROOM_REDIS_URL"
+        ) as failed,
+        Stack(settings, reports.append, commands=COMMANDS),
+    ):
+        pass
+    assert "hush" not in str(failed.value)
+    assert not reports
+
+
+@pytest.mark.parametrize(
+    ("taken", "variable"),
+    [("data", "DATA_DIR"), ("data/logs", "DATA_DIR"), ("data/valkey", "DATA_DIR"), ("pictures", "STORE_DIR")],
+)
+def test_folder_that_cannot_be_written_to_ends_the_start(
+    tmp_path: Path, reports: Reports, taken: str, variable: str
+) -> None:
+    (tmp_path / taken).parent.mkdir(exist_ok=True)
+    (tmp_path / taken).touch()
+    settings = StackSettings(data_dir=tmp_path / "data", store_dir=tmp_path / "pictures", port=0)
+    said = rf"{tmp_path / taken} cannot be written to \(File exists\): set DARKROOM_{variable} to another folder"
+    with pytest.raises(StackFailed, match=said), Stack(settings, reports.append, commands=COMMANDS):
+        pass
+    assert not reports
+
+
+def test_bucket_that_does_not_answer_ends_the_start(tmp_path: Path, reports: Reports) -> None:
+    keys = {"s3_access_key_id": "id", "s3_secret_access_key": "hush"}
+    settings = StackSettings(data_dir=tmp_path, port=0, s3_bucket="pictures", s3_endpoint="http://127.0.0.1:9", **keys)  # type: ignore[arg-type]
+    with (
+        pytest.raises(StackFailed, match=r"bucket pictures cannot be used .*see that the bucket exists") as failed,
+        Stack(settings, reports.append, commands=COMMANDS),
+    ):
+        pass
+    assert "hush" not in str(failed.value)
+
+
 def test_last_log_is_kept_over_a_restart(settings: StackSettings, reports: Reports) -> None:
     for _ in range(2):
         with Stack(settings, reports.append, commands=COMMANDS) as stack:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic_settings import BaseSettings
 
 from app.settings import GatewaySettings
 from app.stack import StackSettings
@@ -22,6 +23,19 @@ from worker.settings import WorkerSettings
 MAIN, S3, GPU = "docker-compose.yml", "deploy/compose.s3.yml", "deploy/compose.gpu.yml"
 DEFAULT = re.compile(r"\$\{[A-Z0-9_]+:-([^}]*)\}")
 ONCE = {"credentials", "first-key", "bucket"}
+NOT_SET_IN_COMPOSE = {
+    "host": "the image's",
+    "port": "the image's; DARKROOM_PORT is that of this machine",
+    "drain_s": "no other gateway takes over",
+    "device": "the image's",
+    "gpus": "that of compose.gpu.yml",
+    "metrics_host": "the image's",
+    "metrics_port": "the image's",
+    "worker_name": "the supervisor's",
+    "worker_status": "the supervisor's",
+    "pod_name": "of Kubernetes",
+    "pod_namespace": "of Kubernetes",
+}
 STAGE = re.compile(r"^FROM (\S+) AS (\S+)\n(.*?)(?=^FROM |\Z)", re.MULTILINE | re.DOTALL)
 
 
@@ -93,11 +107,11 @@ def test_ports_are_published_to_this_machine_alone(name: str) -> None:
     assert all(port.startswith("127.0.0.1:") for port in services(MAIN, S3)[name].get("ports", []))
 
 
-def test_no_secret_is_in_the_environment_of_a_service() -> None:
+def test_no_secret_is_in_the_environment_of_a_service_but_the_operators_own() -> None:
     for name, service in services(MAIN, S3).items():
-        for variable in service.get("environment") or {}:
+        for variable, value in (service.get("environment") or {}).items():
             secret = re.search("PASSWORD|SECRET|ACCESS_KEY|REDIS_URL", variable)
-            assert not secret or variable.endswith("_FILE"), f"{name}: {variable}"
+            assert not secret or variable.endswith("_FILE") or value is None, f"{name}: {variable}"
 
 
 def test_variables_of_ours_are_settings_of_their_service() -> None:
@@ -113,12 +127,39 @@ def test_variables_of_ours_are_settings_of_their_service() -> None:
             assert not variable.startswith("DARKROOM_") or field in settings.model_fields, f"{name}: {variable}"
 
 
-def test_what_an_operator_sets_reaches_the_gateway_and_traces_the_worker_too() -> None:
+@pytest.mark.parametrize(
+    ("service", "settings", "base"),
+    [
+        ("gateway", GatewaySettings, None),
+        ("worker", WorkerSettings, None),
+        ("webhooks", WebhookSettings, GatewaySettings),
+    ],
+)
+def test_what_an_operator_sets_reaches_its_service(
+    service: str, settings: type[BaseSettings], base: type[BaseSettings] | None
+) -> None:
+    passed_on = {variable.removesuffix("_FILE") for variable in services(MAIN)[service]["environment"]}
+    own = set(settings.model_fields) - set(base.model_fields if base else ())
+    assert {name for name in own if f"DARKROOM_{name.upper()}" not in passed_on} <= NOT_SET_IN_COMPOSE.keys()
+
+
+def test_what_compose_does_not_pass_on_is_a_setting() -> None:
+    known = {*GatewaySettings.model_fields, *WorkerSettings.model_fields, *WebhookSettings.model_fields}
+    assert NOT_SET_IN_COMPOSE.keys() <= known
+
+
+def test_what_is_listed_without_a_value_stays_unset() -> None:
     passed_on = {name: service.get("environment", {}) for name, service in services(MAIN).items()}
     for variable in ("CORS_ORIGINS", "KEY_RATE", "KEY_MAX_ACTIVE", "HOLD_S", "PUBLIC_URL", "TRUSTED_PROXIES"):
-        assert passed_on["gateway"][f"DARKROOM_{variable}"] is None, "unset stays unset"
+        assert passed_on["gateway"][f"DARKROOM_{variable}"] is None
     for name in ("gateway", "worker"):
         assert passed_on[name]["OTEL_EXPORTER_OTLP_ENDPOINT"] is None
+        assert passed_on[name]["DARKROOM_S3_BUCKET"] is None
+
+
+def test_keys_of_a_bucket_are_given_to_who_opens_it_alone() -> None:
+    holders = {name for name, one in services(MAIN).items() if "DARKROOM_S3_BUCKET" in (one.get("environment") or {})}
+    assert holders == {"gateway", "worker"}
 
 
 def test_everything_waits_until_what_it_needs_is_healthy() -> None:

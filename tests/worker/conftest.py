@@ -31,7 +31,9 @@ def make_job() -> Callable[..., Job]:
 
 @pytest.fixture
 def settings(redis_url: str) -> ContractSettings:
-    return ContractSettings(redis_url=redis_url, record_lifetime_s=LIFETIME_S, queue_bound=200)
+    return ContractSettings(
+        redis_url=redis_url, picture_lifetime_s=LIFETIME_S, record_lifetime_s=LIFETIME_S, queue_bound=200
+    )
 
 
 @pytest.fixture

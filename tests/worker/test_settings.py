@@ -39,7 +39,7 @@ def test_models_are_named_with_their_paths(monkeypatch: pytest.MonkeyPatch) -> N
         ("DARKROOM_MODELS", "nopath", "not name=path"),
         ("DARKROOM_MODELS", "a:huge=/x", "known: large"),
         ("DARKROOM_MODELS", "a=/x,a=/y", "named twice"),
-        ("DARKROOM_MODELS", "", "models"),
+        ("DARKROOM_MODELS", ",", "models"),
         ("DARKROOM_DEVICE", "tpu", "device"),
         ("DARKROOM_MAX_JOBS", "0", "max_jobs"),
         ("DARKROOM_TOKEN_BUDGET", "0", "token_budget"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 from tests.processes import is_alive, wait_until
 from tests.worker.jobs import make_job
-from worker.status import HUNG
+from worker.status import CANNOT_START, HUNG
 from worker.supervisor import reason, slots
 
 SUPERVISE = """
@@ -132,12 +134,31 @@ def test_slots_give_every_gpu_a_process_with_a_folder_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "device", "said"),
-    [("all", "auto", "this machine shows 0"), ("0,4", "auto", "this machine shows 0"), ("0", "cpu", "device is 'cpu'")],
+    ("gpus", "device", "found", "said"),
+    [
+        ("all", "auto", 0, "--gpus is 'all'; GPUs that PyTorch finds here: 0; leave it out for the CPU"),
+        ("0,4", "auto", 2, "--gpus is '0,4'; GPUs that PyTorch finds here: 2; allowed: all, or of 0, 1"),
+        ("0", "cpu", 1, "device is 'cpu'"),
+    ],
 )
-def test_gpus_that_are_not_there_are_refused_in_words(gpus, device, said, tmp_path):
+def test_gpus_that_are_not_there_are_refused_in_words(gpus, device, found, said, tmp_path):
     with pytest.raises(ValueError, match=said):
-        slots(gpus, device, tmp_path, lambda: 1 if device == "cpu" else 0)
+        slots(gpus, device, tmp_path, lambda: found)
+
+
+def test_a_variable_that_nothing_reads_is_logged():
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # at which it ends
+        env = {"DARKROOM_METRICS_PORT": str(taken.getsockname()[1]), "DARKROOM_AUHT": "on"}
+        worker = subprocess.run(
+            [sys.executable, "-m", "worker"],
+            env=os.environ | env,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert worker.returncode == CANNOT_START
+    assert worker.stderr.count("nothing reads DARKROOM_AUHT; did you mean DARKROOM_AUTH?") == 1
 
 
 @pytest.mark.parametrize(("code", "why"), [(-9, "killed"), (0, "killed"), (1, "crashed"), (HUNG, "hung")])

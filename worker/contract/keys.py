@@ -57,7 +57,7 @@ class ApiKey:
     digest: str  # SHA-256 of the secret, in hex
     scopes: tuple[str, ...] = USUAL_SCOPES
     rate: str | None = None  # such as 120/minute; "none": unlimited; None: the server's default
-    max_active: int | None = None  # jobs that may wait and run at once; None: the server's default
+    max_active: int | None = None  # jobs that may wait and run at once; 0: any number; None: the server's default
     created_at: float  # Unix seconds
     revoked_at: float | None = None  # Unix seconds
 
@@ -84,8 +84,6 @@ def new_key(
         if scope not in SCOPES:
             raise InvalidField("scope", scope, ", ".join(SCOPES))
     check_rate("rate", rate)
-    if max_active is not None and max_active < 1:
-        raise InvalidField("max-active", max_active, "1 or more")
     key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
     key = ApiKey(
         id=key_id,
@@ -222,19 +220,27 @@ class Keyring:
 
     def revoke(self, which: str) -> ApiKey | None:
         """Revokes the key of that id or name for good, and tells which it was; None if none is live under it."""
-        revoked: ApiKey | None = None
+        return self._change(which, revoked_at=time.time())
+
+    def limit(self, which: str, **limits: str | int | None) -> ApiKey | None:
+        """Sets `rate`, `max_active` or both of the key of that id or name; None if none is live so. InvalidField."""
+        check_rate("rate", cast(str | None, limits.get("rate")))
+        return self._change(which, **limits)
+
+    def _change(self, which: str, **changes: Any) -> ApiKey | None:
+        changed: ApiKey | None = None
 
         def put(pipe: Pipeline) -> None:
-            nonlocal revoked
+            nonlocal changed
             found = [key for key in _read(pipe) if which in (key.id, key.name) and key.revoked_at is None]
-            revoked = replace(found[0], revoked_at=time.time()) if found else None
+            changed = replace(found[0], **changes) if found else None
             pipe.multi()
-            if revoked:
-                pipe.eval(EVEN_IF_FULL, 0, "HSET", KEYS, revoked.id, revoked.to_json())
+            if changed:
+                pipe.eval(EVEN_IF_FULL, 0, "HSET", KEYS, changed.id, changed.to_json())
 
         with reaching_redis():
             self._redis.transaction(put, KEYS)
-        return revoked
+        return changed
 
 
 def _read(client: redis.Redis | Pipeline) -> list[ApiKey]:

@@ -8,27 +8,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AnyHttpUrl, BeforeValidator, Field, RedisDsn, SecretStr, ValidationError, ValidationInfo
+from pydantic import AnyHttpUrl, Field, RedisDsn, SecretStr, ValidationError, ValidationInfo, model_validator
 from pydantic import field_validator as validates
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 DAY_S = 86_400
+YEAR_S = 365 * DAY_S
 PREFIX = "DARKROOM_"
 IN_FILE = "_FILE"
-SECRET = frozenset({"redis_url", "s3_access_key_id", "s3_secret_access_key", "s3_endpoint", "s3_public_endpoint"})
+SECRET = frozenset(
+    {"redis_url", "s3_access_key_id", "s3_secret_access_key", "s3_endpoint", "s3_public_endpoint", "public_url"}
+)
 """What may hold a password: values of these are never shown."""
 
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
 FOLDERS = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9._-]*(/|$))*")
 
 
-def _unset_if_empty(value: object) -> object:
-    """Templates of deployments set what they don't know to nothing."""
-    return None if value == "" else value
-
-
-Unset = BeforeValidator(_unset_if_empty)
+UNSET = "unset if empty"
+"""Marks settings that an empty value leaves unset: templates of deployments set what they don't know to nothing."""
 
 
 class ContractSettings(BaseSettings):
@@ -42,30 +41,30 @@ class ContractSettings(BaseSettings):
     redis_url: RedisDsn = Field(
         default=RedisDsn("redis://127.0.0.1:6379/0"), description="Redis or Valkey, 7.2 or later", repr=False
     )
-    store_dir: Path = Field(
+    store_dir: Annotated[Path, UNSET] = Field(
         default=Path(".darkroom/pictures"), description="folder where pictures are kept, unless in a bucket"
     )
-    s3_bucket: Annotated[str | None, Unset] = Field(
+    s3_bucket: Annotated[str | None, UNSET] = Field(
         default=None, description="bucket where pictures are kept; unset: in the folder"
     )
     s3_prefix: str = Field(
         default="", max_length=256, description="what the bucket's keys of ours begin with, such as `pictures/`"
     )
-    s3_endpoint: Annotated[AnyHttpUrl | None, Unset] = Field(
+    s3_endpoint: Annotated[AnyHttpUrl | None, UNSET] = Field(
         default=None, description="url of the S3 server; unset: AWS"
     )
-    s3_region: Annotated[str | None, Unset] = Field(
+    s3_region: Annotated[str | None, UNSET] = Field(
         default=None, pattern=r"^[A-Za-z0-9-]{1,64}$", description="unset: `AWS_REGION`, else us-east-1"
     )
-    s3_path_style: Annotated[bool | None, Unset] = Field(
+    s3_path_style: Annotated[bool | None, UNSET] = Field(
         default=None, description="yes: the bucket is the path's beginning, not the host's; unset: yes with an endpoint"
     )
-    s3_access_key_id: Annotated[str | None, Unset] = Field(
+    s3_access_key_id: Annotated[str | None, UNSET] = Field(
         default=None,
         repr=False,
         description="unset: AWS's usual chain: its variables, web identity, container, instance",
     )
-    s3_secret_access_key: Annotated[SecretStr | None, Unset] = Field(
+    s3_secret_access_key: Annotated[SecretStr | None, UNSET] = Field(
         default=None, validate_default=True, description="the secret of that key"
     )
     s3_presign: bool = Field(
@@ -73,19 +72,22 @@ class ContractSettings(BaseSettings):
         description="yes: pictures are answered by a redirect to a short-lived url of the bucket; no: the gateway "
         "passes their bytes on",
     )
-    s3_public_endpoint: Annotated[AnyHttpUrl | None, Unset] = Field(
+    s3_public_endpoint: Annotated[AnyHttpUrl | None, UNSET] = Field(
         default=None, description="url of the S3 server as clients know it, for those redirects; unset: the same"
     )
     s3_sweep: bool = Field(
         default=True, description="no: leftovers are removed by a lifecycle rule of the bucket, not by the gateways"
     )
-    picture_lifetime_s: int = Field(default=DAY_S, ge=60, description="seconds that pictures are kept")
+    picture_lifetime_s: int = Field(default=DAY_S, ge=60, le=10 * YEAR_S, description="seconds that pictures are kept")
     record_lifetime_s: int = Field(
         default=7 * DAY_S,
         ge=60,
-        description="seconds that a job's record is kept once ended; less where Redis is nearly full",
+        le=10 * YEAR_S,
+        validate_default=True,
+        description="seconds that a job's record is kept once ended, no fewer than its pictures; less where Redis is "
+        "nearly full; also how long a job without `deadline_s` may wait",
     )
-    queue_bound: int = Field(default=1000, ge=1, description="jobs that may wait per model and priority")
+    queue_bound: int = Field(default=1000, ge=1, le=1_000_000, description="jobs that may wait per model and priority")
 
     @classmethod
     def settings_customise_sources(
@@ -98,6 +100,19 @@ class ContractSettings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Arguments, then the environment, then the files that it names."""
         return init_settings, env_settings, FileSource(settings_cls)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_empty(cls, given: dict[str, Any]) -> dict[str, Any]:
+        unset = {name for name, field in cls.model_fields.items() if UNSET in field.metadata}
+        return {name: value for name, value in given.items() if value != "" or name not in unset}
+
+    @validates("record_lifetime_s")
+    @classmethod
+    def _outlives_pictures(cls, record_s: int, info: ValidationInfo) -> int:
+        if record_s < (picture_s := info.data.get("picture_lifetime_s", 0)):
+            raise ValueError(f"allowed: DARKROOM_PICTURE_LIFETIME_S ({picture_s}) or more; pictures go with the record")
+        return record_s
 
     @validates("s3_bucket")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import io
 import json
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -258,6 +259,15 @@ def test_what_json_cannot_carry_back_is_refused_wherever_it_is(ask: Ask, dialect
     answer = ask("POST", path, content=body)
     assert answer.status_code == 400, answer.text
     assert "the body is not valid JSON: a " in answer.text
+    check(answer)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_compressed_body_is_refused_in_the_vendors_shape(ask: Ask, dialect: str) -> None:
+    path, _, check = DIALECTS[dialect]
+    answer = ask("POST", path, content=gzip.compress(b"{}"), headers={"content-encoding": "gzip"})
+    assert answer.status_code == 415, answer.text
+    assert "allowed: none; send the body as it is" in answer.text
     check(answer)
 
 

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.chart.manifests import CHART, EXAMPLES, KEDA, VALUES, Manifest, refusal, render, set_values
+from app.settings import GatewaySettings
+from app.webhooks import WebhookSettings
+from tests.deploy.chart.manifests import CHART, EXAMPLES, KEDA, VALUES, Manifest, of_kind, refusal, render, set_values
 from tests.deploy.tools import ROOT, checkov, helm, run
+from worker.settings import WorkerSettings
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(700)]
 
@@ -119,7 +122,19 @@ def test_notes_tell_how_to_get_a_key_and_reach_it_by_names_that_exist(demo: list
         ({"redis__enabled": "false"}, "redis.existingSecret is empty"),
         ({"settings__DARKROOM_MODELS": "demo"}, "set it by models of worker sets"),
         ({"settings__DARKROOM_S3_BUCKET": "b"}, "set it by store.s3"),
-        ({"settings__PATH": "x"}, "'PATH' does not match"),
+        ({"settings__PATH": "x"}, "invalid propertyName 'PATH'"),
+        ({"settings__DARKROOM_QUEUE_BUOND": 5}, "invalid propertyName 'DARKROOM_QUEUE_BUOND'"),
+        (
+            {"gateway__autoscaling__min": 20},
+            "gateway.autoscaling.max is 10; allowed: gateway.autoscaling.min, which is 20",
+        ),
+        (
+            {"workers__demo__autoscaling__min": 9} | KEDA,
+            "workers.demo.autoscaling.max is 4; allowed: its autoscaling.min",
+        ),
+        ({"store__volume__accessMode": "ReadOnlyMany"}, "must be one of 'ReadWriteOnce', 'ReadWriteOncePod'"),
+        ({"redis__maxMemory": "2gb"}, "redis.resources.limits.memory is 1536Mi; allowed: 1.5 times redis.maxMemory"),
+        ({"redis__resources__limits__memory": "1.1G"}, "redis.resources.limits.memory is 1.1G; allowed: 1.5 times"),
         ({"workers__demo__longestJobSeconds": 3600}, "maximum: got 3,600, want 3,585"),
         ({"workers__other__gpus": 1}, "workers.other.models is empty"),
         ({"workers__demo__models[0]__name": "Large"}, "'Large' does not match"),
@@ -134,6 +149,26 @@ def test_notes_tell_how_to_get_a_key_and_reach_it_by_names_that_exist(demo: list
 )
 def test_wrong_values_are_refused_with_what_to_do(values: dict[str, object], says: str) -> None:
     assert says in refusal("-f", VALUES / "demo.yaml", *set_values(**values))
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ({"redis__maxMemory": "2gb", "redis__resources__limits__memory": "3Gi"}, "StatefulSet"),
+        ({"redis__maxMemory": "2gb", "redis__resources__limits": "null"}, "StatefulSet"),
+        ({"gateway__autoscaling__min": 20, "gateway__autoscaling__max": 20}, "HorizontalPodAutoscaler"),
+        ({"settings__OTEL_TRACES_SAMPLER": "always_on", "settings__DARKROOM_QUEUE_BOUND": 5}, "ConfigMap"),
+    ],
+)
+def test_values_at_the_edge_are_taken(values: dict[str, object], kind: str) -> None:
+    assert of_kind(render("-f", VALUES / "demo.yaml", *set_values(**values)), kind)
+
+
+def test_settings_are_those_that_the_code_reads() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    named = schema["properties"]["settings"]["propertyNames"]["else"]["enum"]
+    classes = (GatewaySettings, WebhookSettings, WorkerSettings)
+    assert named == sorted({f"DARKROOM_{name.upper()}" for one in classes for name in one.model_fields})
 
 
 def test_every_value_of_the_file_is_known_to_the_schema_and_the_other_way_round() -> None:

@@ -156,6 +156,7 @@ async def test_keys_are_used_added_and_revoked(settings, fill):
         await keys.note_use(key.id)
         await keys.close()
         assert ring.add(other)
+        assert ring.limit("one", max_active=1) is not None
         assert ring.revoke("one") is not None
         assert [known.revoked_at is None for known in ring.known()] == [False, True]
         assert ring.used()[key.id] > 0

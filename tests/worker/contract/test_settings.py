@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr, ValidationError
 
+from app.doctor import DoctorSettings
+from app.settings import GatewaySettings
 from app.stack import StackSettings
 from app.webhooks import WebhookSettings
 from worker.contract.settings import ContractSettings, complaints, overridden
@@ -17,11 +19,28 @@ KEYS = {"s3_access_key_id": "id", "s3_secret_access_key": "hush"}
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("redis_url", "http://127.0.0.1"), ("picture_lifetime_s", 1), ("record_lifetime_s", 0), ("queue_bound", 0)],
+    [
+        ("redis_url", "http://127.0.0.1"),
+        ("picture_lifetime_s", 1),
+        ("picture_lifetime_s", 999_999_999_999),
+        ("record_lifetime_s", 0),
+        ("record_lifetime_s", 999_999_999_999),
+        ("queue_bound", 0),
+        ("queue_bound", 10**9),
+    ],
 )
 def test_wrong_setting_is_refused_by_name(field, value):
     with pytest.raises(ValidationError, match=field):
         ContractSettings(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"), [({"picture_lifetime_s": 604_801}, 604_800), ({"record_lifetime_s": 60}, 60)]
+)
+def test_record_that_its_pictures_would_outlive_is_refused_by_both_names(env, given, shown):
+    [told] = refused(**given)
+    assert told.startswith(f"DARKROOM_RECORD_LIFETIME_S is {shown}: ")
+    assert f"DARKROOM_PICTURE_LIFETIME_S ({given.get('picture_lifetime_s', 86_400)}) or more" in told
 
 
 def test_settings_cannot_change_after_the_start():
@@ -152,6 +171,41 @@ def test_settings_of_a_bucket_that_are_empty_are_unset(env):
     env(**{f"S3_{name}": "" for name in names})
     settings = ContractSettings()
     assert [getattr(settings, f"s3_{name.lower()}") for name in names] == [None] * len(names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (ContractSettings, "store_dir"),
+        (GatewaySettings, "public_url"),
+        (GatewaySettings, "key_max_active"),
+        (WorkerSettings, "models"),
+        (WorkerSettings, "tokenizers"),
+        (WorkerSettings, "t5_length"),
+        (WorkerSettings, "token_budget"),
+        (DoctorSettings, "models"),
+    ],
+)
+def test_what_is_empty_is_unset(kind, name, env):
+    unset = getattr(kind(), name)
+    env(**{name.upper(): ""})
+    assert getattr(kind(), name) == unset
+
+
+def test_pictures_are_beside_the_rest_where_their_folder_is_empty(env):
+    env(STORE_DIR="", DATA_DIR="/data")
+    assert StackSettings().pictures == Path("/data/pictures")
+
+
+def test_public_url_may_have_a_path(env):
+    assert str(GatewaySettings(public_url="https://x/darkroom").public_url) == "https://x/darkroom"
+
+
+@pytest.mark.parametrize("url", ["https://x/?a=b", "https://x/#c", "https://me@x/", "https://me:hush@x/"])
+def test_public_url_that_urls_cannot_begin_with_is_refused(env, url):
+    [told] = refused(GatewaySettings, public_url=url)
+    assert told.startswith("DARKROOM_PUBLIC_URL: ")
+    assert "allowed: scheme, host, port and path" in told
 
 
 def test_prefix_is_kept_without_outer_slashes():
