@@ -154,7 +154,7 @@ def test_what_is_listed_without_a_value_stays_unset() -> None:
         assert passed_on["gateway"][f"DARKROOM_{variable}"] is None
     for name in ("gateway", "worker"):
         assert passed_on[name]["OTEL_EXPORTER_OTLP_ENDPOINT"] is None
-        assert passed_on[name]["DARKROOM_S3_BUCKET"] is None
+        assert passed_on[name]["DARKROOM_S3_REGION"] is None
 
 
 def test_keys_of_a_bucket_are_given_to_who_opens_it_alone() -> None:
