@@ -107,7 +107,7 @@ class EmbeddedValkey:
                 time.sleep(0.02)
             else:
                 if version < MIN_VERSION:
-                    raise EmbeddedFailed(f"the server found is version {_dotted(version)}; 7.2 or later is needed")
+                    raise EmbeddedFailed(f"the server found is version {dotted(version)}; 7.2 or later is needed")
                 return
 
 
@@ -160,7 +160,8 @@ def free_port() -> int:
         return port
 
 
-def _dotted(version: Sequence[int]) -> str:
+def dotted(version: Sequence[int]) -> str:
+    """A version as people write it."""
     return ".".join(map(str, version))
 
 

@@ -125,7 +125,7 @@ def error_response(
     return _shape_of(scope)(said)
 
 
-BASES = "/openai/v1, /v1/openai, /v1/inference, /huggingface, /v2beta, /v1/predictions"
+BASES = "/openai/v1, /v1/images, /v1/openai, /v1/inference, /huggingface, /v2beta, /v1/predictions, /v1/deployments"
 
 
 def native(said: Refusal) -> Response:

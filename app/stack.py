@@ -16,7 +16,7 @@ import redis
 from pydantic import Field
 
 from app.client import Client, Refused, Unreachable
-from app.embedded import EmbeddedFailed, EmbeddedValkey, free_port, server_version
+from app.embedded import MIN_VERSION, EmbeddedFailed, EmbeddedValkey, dotted, free_port, server_version
 from app.settings import GatewaySettings
 from worker.contract.child import Child
 from worker.contract.errors import CannotStart, StoreUnavailable
@@ -207,11 +207,15 @@ class Stack:
 
     def _require_redis(self) -> None:
         url = self._settings.redis_url
+        where = f"Redis at {url.host}:{url.port or 6379}"
         try:
-            server_version(str(url))
+            version = server_version(str(url))
+        except redis.exceptions.NoPermissionError:
+            return  # it knows us, and needs not tell
         except redis.RedisError as error:  # does not show the password
-            where = f"{url.host}:{url.port or 6379}"
-            raise StackFailed(f"Redis at {where} cannot be used ({error}): {MEND_REDIS}") from None
+            raise StackFailed(f"{where} cannot be used ({error}): {MEND_REDIS}") from None
+        if version < MIN_VERSION:
+            raise StackFailed(f"{where} is {dotted(version)}; needed: {dotted(MIN_VERSION)} or later: {MEND_REDIS}")
 
     def _start_valkey(self) -> str:
         folder = self._settings.valkey_dir

@@ -20,6 +20,9 @@ from worker.contract.errors import InvalidField
 from worker.contract.job import JobView, Webhook
 from worker.contract.queue import Idempotency
 
+MOST_HEADER = 2048
+"""Characters of warnings in a header: all headers of an answer must fit into a proxy's buffer, which is 4 KiB."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -59,8 +62,11 @@ async def accept(
 
 
 def warnings_header(view: JobView) -> dict[str, str]:
-    """The warnings of a job as a JSON list, for answers that have no other place for them."""
-    return {"x-warnings": json.dumps(view.warnings)} if view.warnings else {}
+    """The first warnings of a job as a JSON list, for answers that have no other place for them."""
+    warnings = list(view.warnings)
+    while len(said := json.dumps(warnings)) > MOST_HEADER:
+        del warnings[-1]
+    return {"x-warnings": said} if warnings else {}
 
 
 def comes_back(request: Request) -> bool:

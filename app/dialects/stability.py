@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse
 from app.deps import CallerDep, GatewayDep, JobsDep
 from app.dialects.body import NO_PICTURES, Asked, Form, checked, read_form
 from app.dialects.call import Call, accept, warnings_header
-from app.dialects.models import card_named
+from app.dialects.models import OUR_NAMES, card_named
 from app.dialects.sizes import of_ratio
 from app.dialects.synchronous import finish, succeeded
 from app.errors import NotServed, Shown, Words
@@ -36,7 +36,7 @@ THEIR_NAMES = {"guidance_scale": "cfg_scale"}
 AspectRatio = Literal["21:9", "16:9", "3:2", "5:4", "1:1", "4:5", "2:3", "9:16", "9:21"]
 
 CFG_SCALE = {"large": 4.0, "medium": 4.0, "large-turbo": 1.0}
-"""Stability's own defaults, by variant; other models have theirs."""
+"""Stability's own defaults, by what follows `sd3.5-`; other models have theirs."""
 
 STYLES = {
     "3d-model": "3D model, rendered",
@@ -114,7 +114,7 @@ async def generate(service: Annotated[str, Path()], request: Request, jobs: Jobs
         card = await card_named(gateway.catalog, named)
     except UnknownModel as error:
         raise InvalidField("model", Shown(named), str(error).partition("; ")[2]) from error
-    call = _call(form, asked, card)
+    call = _call(form, asked, card, named)
     if "respond-async" in request.headers.get("prefer", "").lower():
         view = await accept(call, jobs, request)
         return JSONResponse({"id": view.job.id}, headers={"preference-applied": "respond-async"})
@@ -157,7 +157,13 @@ def _error_id(request_id: str) -> str:
     return hashlib.sha256(request_id.encode()).hexdigest()[:32]
 
 
-def _call(form: Form, asked: StableImage, card: ModelCard) -> Call:
+def _usual_cfg_scale(named: str, card: ModelCard) -> float | None:
+    """Stability's, of a model that is what Stability calls so; None: the model's own."""
+    theirs = OUR_NAMES.get(named, named).removeprefix("sd3.5-")
+    return CFG_SCALE.get(theirs) if card.variant == theirs else None
+
+
+def _call(form: Form, asked: StableImage, card: ModelCard, named: str) -> Call:
     prompt = asked.prompt if asked.style_preset is None else f"{asked.prompt}, {STYLES[asked.style_preset]}"
     create: dict[str, Any] = {
         "model": card.name,
@@ -166,7 +172,7 @@ def _call(form: Form, asked: StableImage, card: ModelCard) -> Call:
         **of_ratio(asked.aspect_ratio, card),
         "seed": asked.seed or None,
         "output_format": asked.output_format,
-        "guidance_scale": CFG_SCALE.get(card.variant) if asked.cfg_scale is None else asked.cfg_scale,
+        "guidance_scale": _usual_cfg_scale(named, card) if asked.cfg_scale is None else asked.cfg_scale,
     }
     return Call(
         dialect="stability", sent=[form.text, sorted(form.files)], asked=asked, create=create, names=THEIR_NAMES

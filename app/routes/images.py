@@ -19,7 +19,7 @@ LINK_S = 300.0
 
 ROUTE = "/v1/generations/{id}/images/{n}"
 
-router = APIRouter(tags=["generations"], dependencies=[KnownQuery], responses=refusals(422))
+router = APIRouter(tags=["generations"], responses=refusals(422))
 
 
 @router.head(ROUTE, include_in_schema=False)
@@ -38,6 +38,7 @@ router = APIRouter(tags=["generations"], dependencies=[KnownQuery], responses=re
 async def get_image(
     request: Request,
     jobs: JobsOrSigned,
+    _query: Annotated[None, KnownQuery],  # after the key
     job_id: JobId,
     n: Annotated[int, Path(ge=0, description="Which picture, from 0.")],
     if_none_match: Annotated[str | None, Header(description="An `ETag` that the client holds.")] = None,

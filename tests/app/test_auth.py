@@ -97,8 +97,13 @@ async def test_where_keys_are_off_everybody_is_anonymous_and_may_do_all() -> Non
     await door.close()
 
 
-async def test_who_has_no_key_is_told_that_before_what_is_wrong_with_a_query(client: httpx.AsyncClient) -> None:
-    assert (await client.get("/v1/generations?status=failed")).status_code == 401
+@pytest.mark.parametrize(
+    "path", ["/v1/generations", "/v1/generations/gen_0/images/0", "/v1/generations/gen_0/events", "/v1/models"]
+)
+async def test_who_has_no_key_is_told_that_before_what_is_wrong_with_a_query(
+    client: httpx.AsyncClient, path: str
+) -> None:
+    assert (await client.get(f"{path}?status=failed")).status_code == 401
 
 
 async def test_a_key_may_have_any_number_of_jobs_though_others_may_not(settings: GatewaySettings) -> None:

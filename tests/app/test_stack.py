@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -173,6 +174,46 @@ def test_stack_uses_the_redis_that_is_configured(tmp_path: Path, reports: Report
     assert not reports.said("embedded")
     with connect(redis_url) as client:
         assert client.get("stopped") == b"in order"
+
+
+def test_redis_that_may_not_tell_its_version_is_used(tmp_path: Path, reports: Reports, redis_url: str) -> None:
+    with connect(redis_url) as client:
+        client.execute_command("ACL", "SETUSER", "plain", "on", ">s", "~*", "&*", "+@all", "-info")
+        try:
+            url = redis_url.replace("redis://", "redis://plain:s@")
+            settings = StackSettings(data_dir=tmp_path, port=0, redis_url=url)
+            with Stack(settings, reports.append, commands=COMMANDS) as stack:
+                stack.wait_ready()
+        finally:
+            client.execute_command("ACL", "DELUSER", "plain")
+
+
+def test_redis_that_is_too_old_ends_the_start(tmp_path: Path, reports: Reports) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        old = threading.Thread(target=_answer_as_an_old_redis, args=(server,))
+        old.start()
+        port = server.getsockname()[1]
+        settings = StackSettings(data_dir=tmp_path, port=0, redis_url=f"redis://127.0.0.1:{port}")
+        with (
+            pytest.raises(StackFailed, match=rf"Redis at 127\.0\.0\.1:{port} is 6\.2\.14; needed: 7\.2 or later"),
+            Stack(settings, reports.append, commands=COMMANDS),
+        ):
+            pass
+        old.join(10)
+
+
+def _answer_as_an_old_redis(server: socket.socket) -> None:
+    """One connection: a greeting, the version, and OK to all else."""
+    told = b"redis_version:6.2.14\r\n"
+    connection, _ = server.accept()
+    with connection:
+        while said := connection.recv(4096):
+            if b"HELLO" in said:
+                connection.sendall(b"%1\r\n$5\r\nproto\r\n:3\r\n")
+            elif b"INFO" in said and b"SETINFO" not in said:
+                connection.sendall(b"$%d\r\n%s\r\n" % (len(told), told))
+            else:
+                connection.sendall(b"+OK\r\n" * said.count(b"*"))
 
 
 def test_redis_that_does_not_answer_ends_the_start(tmp_path: Path, reports: Reports) -> None:

@@ -98,8 +98,8 @@ class ContractSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments, then the environment, then the files that it names."""
-        return init_settings, env_settings, FileSource(settings_cls)
+        """Arguments, then the files that the environment names, then itself: an empty value is none."""
+        return init_settings, FileSource(settings_cls), env_settings
 
     @model_validator(mode="before")
     @classmethod
@@ -163,7 +163,7 @@ class FileSource(EnvSettingsSource):
             path = given.get(variable + IN_FILE.lower())
             if path is None:
                 continue
-            if variable in given:
+            if given.get(variable):
                 wrong.append(_wrong(name, path, f"{PREFIX}{name.upper()} is set too; allowed: one of the two"))
                 continue
             try:

@@ -6,18 +6,22 @@ import http.client
 import io
 import json
 from base64 import b64decode
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
 
+from app.dialects.call import warnings_header
 from app.settings import GatewaySettings
+from model.params import GenerationParams
 from tests.app.dialects.conftest import Live
 from tests.app.dialects.painter import Painter, picture_of
 from tests.app.dialects.shapes import assert_stability
+from tests.app.fake_worker import LARGE
 from tests.processes import wait_until
-from worker.contract.job import Failure
+from worker.contract.job import Failure, Job, JobView
 
 SD3 = "/v2beta/stable-image/generate/sd3"
 
@@ -300,3 +304,22 @@ def test_cfg_scale_left_out_is_stabilitys_own(live: Live, form: dict[str, Any], 
 def test_warnings_come_in_a_header(live: Live, accept: str) -> None:
     answer = post(live, accept=accept, model="sd3.5-large-turbo", negative_prompt="squares")
     assert "negative_prompt" in json.loads(answer.headers["x-warnings"])[0]
+
+
+def test_cfg_scale_of_a_model_of_ones_own_is_its_own(settings: GatewaySettings, worker: Painter) -> None:
+    few = replace(LARGE, name="my-4-step", defaults=replace(LARGE.defaults, steps=4, guidance_scale=1.0))
+    worker._intake.publish([few])
+    with Live(settings) as live:
+        call = {"prompt": (None, "a red circle"), "model": (None, "my-4-step")}
+        asked = {"accept": "image/*", "prefer": "respond-async"}
+        assert httpx.post(live.url + SD3, files=call, headers=asked, trust_env=False).status_code == 200
+        assert live.jobs()[0]["params"]["guidance_scale"] == 1.0
+
+
+def test_warnings_of_a_header_fit_into_a_proxys_buffer() -> None:
+    params = GenerationParams(prompt="p", width=64, height=64, steps=1, guidance_scale=1.0, seed=1)
+    job = Job(id="gen_1", model="tiny", revision="r1", params=params, created_at=1.0, deadline=2.0)
+    view = JobView(job=replace(job, warnings=tuple("\U0001f600" * 100 + str(n) for n in range(9))), status="succeeded")
+    said = warnings_header(view)["x-warnings"]
+    assert json.loads(said) == [view.warnings[0]]
+    assert len(said) <= 2048

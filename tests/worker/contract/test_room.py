@@ -6,6 +6,8 @@ import json
 import time
 
 import pytest
+from rq.job import Job as RQJob
+from rq.serializers import JSONSerializer
 
 from worker.contract import transitions
 from worker.contract.job import Failure, Result, Webhook
@@ -217,3 +219,17 @@ async def test_jobs_that_are_not_ours_are_left_alone(queue, ended, bound, there,
     bound(0.9)
     await queue.reap()
     assert there(job) == [True]
+
+
+async def test_job_that_a_tool_of_rq_s_ended_goes_too(queue, make_job, bound, there, client, age):
+    job = make_job()
+    await queue.submit(job)
+    RQJob.fetch(job.id, connection=client, serializer=JSONSerializer).cancel()
+    client.zadd("darkroom:deadlines", {job.id: 1.0})
+    await queue.reap()
+    assert there(job) == [True]
+    assert client.zscore("darkroom:records", f"{job.queue} {job.id}")
+    age(job, HOUR_S * 2)
+    bound(0.9)
+    await queue.reap()
+    assert there(job) == [False]

@@ -115,6 +115,11 @@ def test_variable_and_its_file_together_are_refused_by_name(env, held):
     assert told.endswith(": DARKROOM_STORE_DIR is set too; allowed: one of the two")
 
 
+def test_file_is_read_where_its_variable_is_empty(env, held):
+    env(S3_BUCKET="", S3_BUCKET_FILE=held("pictures"))
+    assert ContractSettings().s3_bucket == "pictures"
+
+
 @pytest.mark.parametrize(
     ("path", "why"), [("/nowhere", "no such file or directory"), ("/", "is a directory"), ("", "")]
 )

@@ -87,6 +87,7 @@ local function cross_out(id)
   local f, entry = redis.call('HMGET', job_key(id), 'status', 'result_ttl'), entry_of(id)
   if f[1] == 'queued' or f[1] == 'started' then return move(id, nil) end
   if f[2] then set_lifetime(id, tonumber(f[2])) end
+  if f[2] and entry then redis.call('ZADD', RECORDS, 'NX', SECONDS, entry.queue .. ' ' .. id) end
   close_books(id)
   if redis.call('EXISTS', job_key(id)) == 1 then return end
   redis.call('DEL', RQ .. 'results:' .. id, events_key(id))
